@@ -1,0 +1,153 @@
+"""The configuration of a run: nested dataclasses, filled from YAML and dotted overrides by the command line.
+
+No torch here: `--help` and config errors must answer at once. `check` holds every rule that ties several keys together;
+types and unknown keys are refused earlier, by jsonargparse.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Literal, Optional, Tuple
+
+from fuxi_torchrec.errors import UserError
+
+EncoderName = Literal["fuxi_beta", "fuxi_alpha", "hstu", "sasrec"]
+ChannelName = Literal["positional", "temporal", "bucketed_temporal", "semantic"]
+BiasFunction = Literal["pow", "exp", "log", "linear", "sin", "mixed", "nn", "zero"]
+SplitName = Literal["train", "validation", "test"]
+
+
+@dataclass
+class DataConfig:
+    """What is read, how it is split, and how it is batched."""
+
+    path: str = ""
+    """Folder of a prepared data set."""
+    split: Literal["leave_one_out", "leave_two_out", "temporal"] = "leave_one_out"
+    """leave_one_out tests on each user's last event (the papers); leave_two_out adds a validation event before it;
+    temporal splits all users at temporal_cutoffs."""
+    temporal_cutoffs: Optional[List[int]] = None
+    """For split=temporal: [test_start] or [validation_start, test_start], in the data set's own time ticks."""
+    max_sequence_length: int = 200
+    """Most history events that the encoder sees; training takes the last max_sequence_length + 1 events."""
+    batch_size: int = 128
+    """Users in a training batch, per rank."""
+    tokens_per_batch: Optional[int] = None
+    """If set, a batch ends before its supervised positions exceed this (batch_size still bounds its users)."""
+    shuffle_buffer: int = 65536
+    """Users that are shuffled together (whole row groups, at least one); memory grows with it."""
+    prefetch: int = 2
+    """Batches made ahead in a background thread; 0 makes them in line."""
+
+
+@dataclass
+class ModelConfig:
+    """The tower. The names are those of the papers' code; see docs/models.md."""
+
+    encoder: EncoderName = "fuxi_beta"
+    embedding_dim: int = 50
+    """D, also the width of the item table."""
+    num_blocks: int = 2
+    num_heads: int = 1
+    value_dim: int = 50
+    """d, per head (FuXi, HSTU)."""
+    qk_dim: int = 50
+    """d_qk, per head (FuXi's semantic channel, HSTU)."""
+    ffn_multiply: float = 1.0
+    """Width of the feed-forward layer over embedding_dim (FuXi, SASRec)."""
+    channels: Optional[List[ChannelName]] = None
+    """FuXi's token-mixing channels; null takes the preset of the encoder's name."""
+    bias_function: BiasFunction = "pow"
+    """f(x) of the functional temporal channel."""
+    activation: Literal["relu", "gelu"] = "relu"
+    """SASRec's feed-forward activation."""
+    input_dropout: float = 0.2
+    dropout: float = 0.2
+    attention_dropout: float = 0.0
+    """Dropout on attention weights (SASRec)."""
+    padded_length: Optional[int] = None
+    """Rows of the position tables (and HSTU's and FuXi-α's divisor); null: max_sequence_length + 11, as in the papers'
+    code."""
+
+
+@dataclass
+class LossConfig:
+    """Sampled softmax."""
+
+    negatives: Literal["per_token", "shared"] = "per_token"
+    """per_token: num_negatives drawn for every position (the papers); shared: one pool of num_negatives per step and
+    rank (large catalogues)."""
+    num_negatives: int = 128
+    temperature: float = 0.05
+    l2_eps: float = 1e-6
+
+
+@dataclass
+class TableConfig:
+    """The item table. Sharded kinds come with the sharding work; replicated is the papers' set-up."""
+
+    sharding: Literal["replicated"] = "replicated"
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW on everything that is dense."""
+
+    learning_rate: float = 1e-3
+    betas: Tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    schedule: Literal["constant", "cosine"] = "constant"
+    """After warm-up: constant, or cosine down to min_learning_rate at the last step."""
+    min_learning_rate: float = 0.0
+    clip_grad_norm: Optional[float] = None
+
+
+@dataclass
+class EvaluationConfig:
+    batch_size: int = 128
+    """Users whose histories are encoded together."""
+    every_epochs: Optional[int] = 1
+    """Evaluate after every so many epochs; null: only at the end."""
+    every_steps: Optional[int] = None
+    split: Optional[Literal["validation", "test"]] = None
+    """Split watched during training; null: validation where the data split has one, else test (as the papers do)."""
+    item_chunk: int = 65536
+    """Catalogue rows scored at a time; bounds the memory of a full ranking."""
+
+
+@dataclass
+class TrainerConfig:
+    max_epochs: int = 101
+    max_steps: Optional[int] = None
+    """Stop after so many steps even inside an epoch."""
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast of the tower; logits, norms, time differences and the loss stay float32."""
+    log_every_steps: int = 10
+    checkpoint_every_epochs: int = 1
+    metric: str = "ndcg@10"
+    """Higher is better, except for cross_entropy. Decides the best checkpoint and early stopping."""
+    patience: Optional[int] = None
+    """Stop after so many evaluations without a better metric; null: never."""
+
+
+@dataclass
+class Config:
+    """A run. `fuxi-torchrec train CONFIG.yaml --section.key value`."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    table: TableConfig = field(default_factory=TableConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+    @property
+    def padded_length(self) -> int:
+        """Rows of the position tables. The 11 is the papers' code: 10 output slots and one for the target."""
+        return self.model.padded_length or self.data.max_sequence_length + 11
+
+    def to_dict(self) -> Dict[str, Any]:
+        return dataclasses.asdict(self)

@@ -1,0 +1,89 @@
+"""The Parquet sequence format: names, schemas and the identity card of a data set. No torch here: `prepare` uses it too.
+
+    DIR/train/part-*.parquet   one row per user, in several row groups (a row group is the unit dealt to ranks)
+    DIR/items.parquet          dense item id -> the source's id, title, frequency
+    DIR/users.parquet          only where the source's user ids are not int64: user_id -> the source's id
+    DIR/dataset.json           DatasetIdentity, written last: a folder without it is not a data set
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any, Dict, List
+
+import pyarrow as pa
+
+from fuxi_torchrec.errors import UserError
+from fuxi_torchrec.paths import join, path_manager
+
+SCHEMA_VERSION = 1
+TRAIN_FOLDER = "train"
+ITEMS_FILE = "items.parquet"
+USERS_FILE = "users.parquet"
+IDENTITY_FILE = "dataset.json"
+
+# Every column beyond these three in a part file is a list aligned with item_ids (ratings, actions, log_probs, …).
+SEQUENCE_FIELDS = [
+    pa.field("user_id", pa.int64(), nullable=False),
+    pa.field("item_ids", pa.list_(pa.int64()), nullable=False),
+    pa.field("timestamps", pa.list_(pa.int64()), nullable=False),
+]
+# source_id is int64 where the source's ids are integers, string otherwise. frequency counts the item's events with
+# each user's last event left out, so that it holds nothing of what leave_one_out tests on.
+ITEM_COLUMNS = ("item_id", "source_id", "title", "frequency")
+LOG_PROBS_COLUMN = "log_probs"  # float64, the generator's own log p of each event (synthetic data)
+
+
+@dataclass(frozen=True)
+class DatasetIdentity:
+    """`dataset.json`. Counts are of what is on disk; `report` says what preparation skipped, sorted or found twice."""
+
+    name: str
+    num_users: int
+    num_items: int  # V: dense ids are 0 … V-1
+    num_events: int
+    catalogue: str  # "rated": items that occur; "all": every item the source lists
+    time_unit: float  # seconds per tick of `timestamps` (1.0: seconds, 0.001: milliseconds)
+    min_timestamp: int
+    max_timestamp: int
+    max_events_per_user: int
+    source: str  # file name or address, without local folders
+    source_checksum: str  # "sha256:…" of the source file(s)
+    content_checksum: str  # "sha256:…" over the part files and items.parquet, in name order
+    columns: List[str] = field(default_factory=list)  # aligned list columns beyond item_ids and timestamps
+    report: Dict[str, int] = field(default_factory=dict)
+    generator: Dict[str, Any] = field(default_factory=dict)  # synthetic data: every parameter of the generator
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+
+def read_identity(folder: str) -> DatasetIdentity:
+    """Reads DIR/dataset.json. Raises UserError where it is missing, unreadable or of another schema version."""
+    path = join(folder, IDENTITY_FILE)
+    if not path_manager().isfile(path):
+        raise UserError(
+            f"{folder}: no data set here ({IDENTITY_FILE} is missing); make one with 'fuxi-torchrec prepare', "
+            "or name another folder with --data.path"
+        )
+    try:
+        with path_manager().open(path, "r") as file:
+            values = json.load(file)
+        version = values["schema_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a data set's identity ({error}); prepare the data set again") from None
+    if version != SCHEMA_VERSION:
+        raise UserError(
+            f"{path}: schema version {version}, this release reads version {SCHEMA_VERSION}; prepare the data set again"
+        )
+    known = {f.name for f in dataclasses.fields(DatasetIdentity)}
+    required = {
+        f.name
+        for f in dataclasses.fields(DatasetIdentity)
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
+    if set(values) - known or required - set(values):
+        wrong = sorted((set(values) - known) | (required - set(values)))
+        raise UserError(f"{path}: missing or unknown keys {', '.join(wrong)}; prepare the data set again")
+    return DatasetIdentity(**values)
