@@ -7,10 +7,13 @@ Both losses are sums over tokens, computed forward and backward in one pass over
 are made in float32, turned into the three gradients, and dropped. What is kept for backward is as large as the inputs.
 """
 
+import warnings
 from typing import Optional, Tuple
 
 import torch
 from torch import Tensor
+
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
 MASKED_LOGIT = -5e4
 # Tokens a chunk. 2,048 rows of outputs stay in a core's cache while the table's gradient gathers them in id order:
@@ -181,6 +184,8 @@ def _csr(crow: Tensor, column_N: Tensor, value_N: Tensor, shape: Tuple[int, int]
 def _sampled_products(x_CD: Tensor, table_UD: Tensor, index_CK: Tensor) -> Tensor:
     """out[c, k] = x[c] · table[index[c, k]], [C, K]: exactly the wanted entries of x tableᵀ."""
     chunk, negatives = index_CK.shape
+    if table_UD.shape[0] <= negatives:  # a pattern with more entries than the matrix has is refused by torch
+        return (x_CD @ table_UD.t()).gather(1, index_CK.long())
     crow = torch.arange(chunk + 1, device=x_CD.device) * negatives
     pattern = _csr(crow, index_CK.reshape(-1), x_CD.new_zeros(chunk * negatives), (chunk, table_UD.shape[0]))
     return torch.sparse.sampled_addmm(pattern, x_CD, table_UD.t(), beta=0.0).values().view(chunk, negatives)
