@@ -1,0 +1,91 @@
+"""What every tower shares: the input step, the call, and the checks at its edge.
+
+Shapes: T tokens, D embedding, N padded length.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fuxi_torchrec.errors import UserError
+from fuxi_torchrec.ops.jagged import JaggedLayout
+
+
+class SequenceEncoder(nn.Module):
+    """Jagged item embeddings and times in, one output per row. Knows nothing of tables, losses, files or ranks.
+
+    Subclasses fill `blocks` and say in `batch_context` what the blocks of one forward share. time_unit is the seconds
+    per tick of the timestamps. Source of the input step: model page, "Input".
+    """
+
+    def __init__(self, embedding_dim: int, padded_length: int, input_dropout: float, time_unit: float) -> None:
+        super().__init__()
+        self.embedding_dim = embedding_dim
+        self.padded_length = padded_length
+        self.input_dropout = input_dropout
+        self.time_unit = time_unit
+        self.position_embedding_ND = nn.Parameter(torch.empty(padded_length, embedding_dim))
+        self.blocks = nn.ModuleList()
+
+    def reset_parameters(self) -> None:
+        """Draws every parameter anew (also after meta-device construction and `to_empty`)."""
+        std = math.sqrt(1 / self.embedding_dim)
+        nn.init.trunc_normal_(self.position_embedding_ND, std=std, a=-2 * std, b=2 * std)
+        for block in self.blocks:
+            block.reset_parameters()
+
+    def batch_context(self, timestamps_T: Tensor, next_timestamps_T: Tensor, layout: JaggedLayout) -> Any:
+        """Whatever the blocks share, made once per forward."""
+        raise NotImplementedError
+
+    def forward(
+        self, embeddings_TD: Tensor, timestamps_T: Tensor, next_timestamps_T: Tensor, layout: JaggedLayout
+    ) -> Tensor:
+        """Encodes every position of every user.
+
+        Args:
+            embeddings_TD: item embeddings of the events, float.
+            timestamps_T: int64 ticks, non-decreasing within a user.
+            next_timestamps_T: int64 ticks; row i holds t_{i+1}, a user's last row the target's or the request's time.
+            layout: where the users lie in T.
+
+        Returns:
+            Raw outputs [T, D], not normalised.
+
+        Raises:
+            UserError: a sequence is longer than the position table.
+        """
+        if layout.max_length > self.padded_length:
+            raise UserError(
+                f"a sequence of {layout.max_length} events does not fit into model.padded_length = "
+                f"{self.padded_length}: cut the history or train with a longer table"
+            )
+        assert embeddings_TD.shape == (layout.num_tokens, self.embedding_dim)
+        position_TD = F.embedding(layout.position_T, self.position_embedding_ND)
+        x_TD = torch.add(position_TD, embeddings_TD, alpha=math.sqrt(self.embedding_dim))
+        x_TD = F.dropout(x_TD, self.input_dropout, self.training)
+        context = self.batch_context(timestamps_T, next_timestamps_T, layout)
+        for block in self.blocks:
+            x_TD = block(x_TD, context)
+        return x_TD
+
+
+def reset_linear_bias(bias: Tensor, fan_in: int) -> None:
+    """PyTorch's default for a linear layer's bias."""
+    bound = 1 / math.sqrt(fan_in) if fan_in else 0.0
+    nn.init.uniform_(bias, -bound, bound)
+
+
+def rms_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """RMSNorm without a weight, in float32 at least."""
+    x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    return F.rms_norm(x, x.shape[-1:], eps=eps)
+
+
+def layer_norm(x: Tensor, eps: float) -> Tensor:
+    """LayerNorm without weight and bias, in float32 at least."""
+    x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    return F.layer_norm(x, x.shape[-1:], eps=eps)

@@ -1,0 +1,130 @@
+"""The FuXi block with pluggable token-mixing channels: FuXi-α, FuXi-β and every ablation between them are one block.
+
+Source: FuXi-α (arXiv 2502.03036), sections 3.2 to 3.4; FuXi-β (arXiv 2508.10615), section 3; model page, "FuXi block".
+
+Shapes: T tokens, D embedding, H heads, d value and q query/key size per head, C channels, F feed-forward width.
+"""
+
+from dataclasses import dataclass
+from typing import Optional, Sequence, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fuxi_torchrec.config import ModelConfig
+from fuxi_torchrec.encoders.base import SequenceEncoder, reset_linear_bias, rms_norm
+from fuxi_torchrec.encoders.channels import BucketedTemporalChannel, FunctionalTemporalChannel, PositionalChannel
+from fuxi_torchrec.errors import UserError
+from fuxi_torchrec.ops.jagged import JaggedLayout
+from fuxi_torchrec.ops.pointwise_attention import silu_attention
+from fuxi_torchrec.ops.time_maps import TimeGaps
+from fuxi_torchrec.ops.token_mixing import mix_tokens
+
+CHANNEL_ORDER = ("positional", "temporal", "bucketed_temporal", "semantic")
+"""The order of the channels in a block, whatever their order in the config."""
+FUXI_ALPHA_CHANNELS = ("positional", "bucketed_temporal", "semantic")
+
+
+@dataclass
+class FuXiContext:
+    layout: JaggedLayout
+    gaps: TimeGaps
+
+
+def ordered_channels(names: Sequence[str]) -> Tuple[str, ...]:
+    """The channels in the block's order; UserError for an empty, unknown or repeated choice."""
+    unknown = [name for name in names if name not in CHANNEL_ORDER]
+    if unknown or not names or len(set(names)) != len(names):
+        raise UserError(f"model.channels: {list(names)} must be a non-empty choice, each once, of {CHANNEL_ORDER}")
+    return tuple(name for name in CHANNEL_ORDER if name in names)
+
+
+class FuXiBlock(nn.Module):
+    """Token mixing per channel, gated; then the two-stage feed-forward layer.
+
+    Parameters: input_weight = W_in, output_weight/bias = W_0 and b_0 (transposed), ffn_in_weight = W_1 above W_3
+    (transposed), ffn_out_weight = W_2 (transposed).
+    """
+
+    def __init__(self, config: ModelConfig, channels: Sequence[str], padded_length: int) -> None:
+        super().__init__()
+        D, H, d, q = config.embedding_dim, config.num_heads, config.value_dim, config.qk_dim
+        self.num_heads, self.value_dim, self.qk_dim = H, d, q
+        self.dropout = config.dropout
+        self.padded_length = padded_length
+        self.has_semantic = "semantic" in channels
+        self.mixers = nn.ModuleDict()
+        for name in channels:
+            if name != "semantic":
+                self.mixers[name] = _make_mixer(name, config.bias_function, padded_length)
+        self.mixed_width = len(channels) * H * d
+        width = self.mixed_width + H * d + (2 * H * q if self.has_semantic else 0)
+        hidden = int(D * config.ffn_multiply)
+        self.input_weight = nn.Parameter(torch.empty(D, width))
+        self.output_weight = nn.Parameter(torch.empty(D, self.mixed_width))
+        self.output_bias = nn.Parameter(torch.empty(D))
+        self.ffn_in_weight = nn.Parameter(torch.empty(2 * hidden, D))
+        self.ffn_out_weight = nn.Parameter(torch.empty(D, hidden))
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.input_weight, std=0.02)
+        nn.init.xavier_uniform_(self.output_weight)
+        reset_linear_bias(self.output_bias, self.mixed_width)
+        for half in self.ffn_in_weight.data.chunk(2):
+            nn.init.xavier_uniform_(half)
+        nn.init.xavier_uniform_(self.ffn_out_weight)
+        for mixer in self.mixers.values():
+            mixer.reset_parameters()
+
+    def forward(self, x_TD: Tensor, context: FuXiContext) -> Tensor:
+        H, d, q = self.num_heads, self.value_dim, self.qk_dim
+        z = F.silu(rms_norm(x_TD) @ self.input_weight)
+        u, v, queries_keys = z.split([self.mixed_width, H * d, z.shape[1] - self.mixed_width - H * d], dim=1)
+        y = self._mix(v.unflatten(1, (H, d)), queries_keys, context)
+        mixed = F.dropout(u * rms_norm(y), self.dropout, self.training)
+        h_TD = F.linear(mixed, self.output_weight, self.output_bias) + x_TD
+        g_TD = F.dropout(rms_norm(h_TD), self.dropout, self.training)
+        gate_TF, up_TF = F.linear(g_TD, self.ffn_in_weight).chunk(2, dim=1)
+        return F.linear(F.silu(gate_TF) * up_TF, self.ffn_out_weight) + h_TD
+
+    def _mix(self, v_THd: Tensor, queries_keys: Tensor, context: FuXiContext) -> Tensor:
+        """[T, C * H * d], per head the channels side by side."""
+        parts = []
+        if self.mixers:
+            channels = [mixer.channel() for mixer in self.mixers.values()]
+            parts.append(mix_tokens(v_THd, context.layout, channels, context.gaps))
+        if self.has_semantic:
+            q_THq, k_THq = queries_keys.unflatten(1, (2, self.num_heads, self.qk_dim)).unbind(1)
+            y_THd = silu_attention(q_THq, k_THq, v_THd, context.layout, scale=1 / self.padded_length)
+            parts.append(y_THd.unsqueeze(2))
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, 2)).flatten(1)
+
+
+def _make_mixer(name: str, bias_function: str, padded_length: int) -> nn.Module:
+    if name == "positional":
+        return PositionalChannel(padded_length)
+    if name == "bucketed_temporal":
+        return BucketedTemporalChannel()
+    return FunctionalTemporalChannel(bias_function)
+
+
+class FuXiEncoder(SequenceEncoder):
+    """A stack of FuXi blocks."""
+
+    def __init__(
+        self, config: ModelConfig, channels: Sequence[str], padded_length: int, time_unit: float = 1.0
+    ) -> None:
+        super().__init__(config.embedding_dim, padded_length, config.input_dropout, time_unit)
+        self.channels = ordered_channels(channels)
+        self.blocks.extend(FuXiBlock(config, self.channels, padded_length) for _ in range(config.num_blocks))
+        self.reset_parameters()
+
+    def batch_context(self, timestamps_T: Tensor, next_timestamps_T: Tensor, layout: JaggedLayout) -> FuXiContext:
+        return FuXiContext(layout, TimeGaps(timestamps_T, next_timestamps_T, layout, self.time_unit))
+
+
+def build_fuxi_alpha(config: ModelConfig, padded_length: int, time_unit: float) -> FuXiEncoder:
+    """FuXi-α: positional, bucketed temporal and semantic channels, unless config.channels says otherwise."""
+    channels: Optional[Sequence[str]] = config.channels
+    return FuXiEncoder(config, FUXI_ALPHA_CHANNELS if channels is None else channels, padded_length, time_unit)

@@ -1,0 +1,79 @@
+"""HSTU (arXiv 2402.17152): pointwise SiLU attention with relative position and bucketed time biases, gated.
+
+Source: its section 3.1 and the research code's conventions on the model page, "HSTU".
+
+Shapes: T tokens, D embedding, H heads, d value and q query/key size per head.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fuxi_torchrec.config import ModelConfig
+from fuxi_torchrec.encoders.base import SequenceEncoder, layer_norm, reset_linear_bias
+from fuxi_torchrec.encoders.channels import BucketedTemporalChannel, PositionalChannel
+from fuxi_torchrec.ops.jagged import JaggedLayout
+from fuxi_torchrec.ops.pointwise_attention import silu_attention
+from fuxi_torchrec.ops.time_maps import TimeGaps
+
+EPS = 1e-6
+
+
+@dataclass
+class HSTUContext:
+    layout: JaggedLayout
+    gaps: TimeGaps
+
+
+class HSTUBlock(nn.Module):
+    """One HSTU layer. input_weight makes u, v, q, k in this order."""
+
+    def __init__(self, config: ModelConfig, padded_length: int) -> None:
+        super().__init__()
+        D, H, d, q = config.embedding_dim, config.num_heads, config.value_dim, config.qk_dim
+        self.num_heads, self.value_dim, self.qk_dim = H, d, q
+        self.dropout = config.dropout
+        self.padded_length = padded_length
+        self.positional = PositionalChannel(padded_length)
+        self.bucketed_temporal = BucketedTemporalChannel()
+        self.input_weight = nn.Parameter(torch.empty(D, 2 * H * (d + q)))
+        self.output_weight = nn.Parameter(torch.empty(D, H * d))
+        self.output_bias = nn.Parameter(torch.empty(D))
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.input_weight, std=0.02)
+        nn.init.xavier_uniform_(self.output_weight)
+        reset_linear_bias(self.output_bias, self.output_weight.shape[1])
+        self.positional.reset_parameters()
+        self.bucketed_temporal.reset_parameters()
+
+    def forward(self, x_TD: Tensor, context: HSTUContext) -> Tensor:
+        H, d, q = self.num_heads, self.value_dim, self.qk_dim
+        z = F.silu(layer_norm(x_TD, EPS) @ self.input_weight)
+        u, v, queries, keys = z.split([H * d, H * d, H * q, H * q], dim=1)
+        y_THd = silu_attention(
+            queries.unflatten(1, (H, q)),
+            keys.unflatten(1, (H, q)),
+            v.unflatten(1, (H, d)),
+            context.layout,
+            1 / self.padded_length,
+            self.positional.weight_N,
+            self.bucketed_temporal.weight,
+            context.gaps,
+        )
+        mixed = F.dropout(u * layer_norm(y_THd.flatten(1), EPS), self.dropout, self.training)
+        return F.linear(mixed, self.output_weight, self.output_bias) + x_TD
+
+
+class HSTUEncoder(SequenceEncoder):
+    """A stack of HSTU layers."""
+
+    def __init__(self, config: ModelConfig, padded_length: int, time_unit: float = 1.0) -> None:
+        super().__init__(config.embedding_dim, padded_length, config.input_dropout, time_unit)
+        self.blocks.extend(HSTUBlock(config, padded_length) for _ in range(config.num_blocks))
+        self.reset_parameters()
+
+    def batch_context(self, timestamps_T: Tensor, next_timestamps_T: Tensor, layout: JaggedLayout) -> HSTUContext:
+        return HSTUContext(layout, TimeGaps(timestamps_T, next_timestamps_T, layout, self.time_unit))

@@ -1,0 +1,97 @@
+"""SASRec (arXiv 1808.09781): causal softmax attention and a pointwise feed-forward layer.
+
+Source: its section 3, with the conventions of the research code on the model page, "SASRec": the query is normalised,
+key and value are not.
+
+Shapes: T tokens, D embedding, H heads, d = D / H, F feed-forward width; in a length group G users and n positions.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fuxi_torchrec.config import ModelConfig
+from fuxi_torchrec.encoders.base import SequenceEncoder, layer_norm, reset_linear_bias
+from fuxi_torchrec.errors import UserError
+from fuxi_torchrec.ops.jagged import JaggedLayout, from_slots, to_slots
+
+EPS = 1e-8
+
+
+def causal_softmax_attention(
+    query_THd: Tensor, key_THd: Tensor, value_THd: Tensor, layout: JaggedLayout, dropout: float = 0.0
+) -> Tensor:
+    """softmax(q kᵀ / √d) v over j <= i of the same user, [T, H, d]; dropout on the weights. One length group at a
+    time; rows past a user's end are computed and dropped."""
+    qkv_P = [to_slots(x, layout) for x in (query_THd, key_THd, value_THd)]
+    outputs = [value_THd.new_zeros(0, *value_THd.shape[1:])]
+    for group in layout.groups:
+        q, k, v = (
+            x[group.start : group.stop].unflatten(0, (group.length, group.users)).permute(1, 2, 0, 3) for x in qkv_P
+        )
+        y_GHnd = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        outputs.append(y_GHnd.permute(2, 0, 1, 3).flatten(0, 1))
+    return from_slots(torch.cat(outputs), layout)
+
+
+class SASRecBlock(nn.Module):
+    """Attention and feed-forward layer. attention_in_weight holds query, key and value, one above the other."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        D, hidden = config.embedding_dim, int(config.embedding_dim * config.ffn_multiply)
+        self.num_heads = config.num_heads
+        self.dropout, self.attention_dropout = config.dropout, config.attention_dropout
+        self.activation = {"relu": F.relu, "gelu": F.gelu}[config.activation]
+        self.attention_in_weight = nn.Parameter(torch.empty(3 * D, D))
+        self.attention_in_bias = nn.Parameter(torch.empty(3 * D))
+        self.attention_out_weight = nn.Parameter(torch.empty(D, D))
+        self.attention_out_bias = nn.Parameter(torch.empty(D))
+        self.ffn_in_weight = nn.Parameter(torch.empty(hidden, D))
+        self.ffn_in_bias = nn.Parameter(torch.empty(hidden))
+        self.ffn_out_weight = nn.Parameter(torch.empty(D, hidden))
+        self.ffn_out_bias = nn.Parameter(torch.empty(D))
+
+    def reset_parameters(self) -> None:
+        for name, parameter in self.named_parameters():
+            if name.endswith("weight"):
+                nn.init.xavier_normal_(parameter)
+        nn.init.zeros_(self.attention_in_bias)
+        nn.init.zeros_(self.attention_out_bias)
+        reset_linear_bias(self.ffn_in_bias, self.ffn_in_weight.shape[1])
+        reset_linear_bias(self.ffn_out_bias, self.ffn_out_weight.shape[1])
+
+    def forward(self, x_TD: Tensor, layout: JaggedLayout) -> Tensor:
+        query_TD = layer_norm(x_TD, EPS)
+        r_TD = layer_norm(query_TD + self._attention(query_TD, x_TD, layout), EPS)
+        hidden_TF = self.activation(F.linear(r_TD, self.ffn_in_weight, self.ffn_in_bias))
+        hidden_TF = F.dropout(hidden_TF, self.dropout, self.training)
+        out_TD = F.linear(hidden_TF, self.ffn_out_weight, self.ffn_out_bias)
+        return r_TD + F.dropout(out_TD, self.dropout, self.training)
+
+    def _attention(self, query_TD: Tensor, x_TD: Tensor, layout: JaggedLayout) -> Tensor:
+        D, heads = x_TD.shape[1], (self.num_heads, -1)
+        query = F.linear(query_TD, self.attention_in_weight[:D], self.attention_in_bias[:D])
+        key_value = F.linear(x_TD, self.attention_in_weight[D:], self.attention_in_bias[D:])
+        key, value = key_value.chunk(2, dim=1)
+        q, k, v = (x.unflatten(1, heads) for x in (query, key, value))
+        dropout = self.attention_dropout if self.training else 0.0
+        y_TD = causal_softmax_attention(q, k, v, layout, dropout).flatten(1)
+        return F.linear(y_TD, self.attention_out_weight, self.attention_out_bias)
+
+
+class SASRecEncoder(SequenceEncoder):
+    """A stack of SASRec blocks; times are not used."""
+
+    def __init__(self, config: ModelConfig, padded_length: int, time_unit: float = 1.0) -> None:
+        super().__init__(config.embedding_dim, padded_length, config.input_dropout, time_unit)
+        if config.embedding_dim % config.num_heads:
+            raise UserError(
+                f"model.num_heads: {config.num_heads} does not divide model.embedding_dim = {config.embedding_dim}, "
+                "which SASRec's attention needs"
+            )
+        self.blocks.extend(SASRecBlock(config) for _ in range(config.num_blocks))
+        self.reset_parameters()
+
+    def batch_context(self, timestamps_T: Tensor, next_timestamps_T: Tensor, layout: JaggedLayout) -> JaggedLayout:
+        return layout

@@ -1,0 +1,189 @@
+"""Jagged batches: where each user's rows lie, and pure index moves between jagged and padded.
+
+Shapes: T tokens of the batch, B users, G users of one length group, N its padded length, P padded slots of all groups.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import List, Optional, Sequence
+
+import torch
+from torch import Tensor
+
+SHORTEST_TO_LONGEST = 0.8
+"""Users share a length group while the shortest has at least this part of the longest's tokens."""
+SLOTS_PER_GROUP = 4096
+"""Padded slots that one group may hold (one user always fits); keeps a group's work in the cache."""
+
+
+@dataclass(frozen=True)
+class LengthGroup:
+    """Users of similar length, padded to the longest; slot (position p, user g) is row start + p * users + g of P."""
+
+    start: int
+    length: int
+    users: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.length * self.users
+
+
+class JaggedLayout:
+    """Where the B users of a batch lie in the T jagged rows; made once per batch and shared by every block.
+
+    offsets_B1: int64 [B + 1], user b owns the rows offsets_B1[b]:offsets_B1[b + 1]; max_length and num_tokens are its
+    longest user and its T, known on the host. `host_lengths` spares the one copy from the device that the length
+    groups need.
+    """
+
+    def __init__(
+        self, offsets_B1: Tensor, max_length: int, num_tokens: int, host_lengths: Optional[Sequence[int]] = None
+    ) -> None:
+        assert offsets_B1.dtype == torch.int64 and offsets_B1.ndim == 1
+        self.offsets_B1 = offsets_B1
+        self.max_length = max_length
+        self.num_tokens = num_tokens
+        self._host_lengths = host_lengths
+
+    @classmethod
+    def from_lengths(cls, lengths: Sequence[int], device: Optional[torch.device] = None) -> "JaggedLayout":
+        """From the users' lengths on the host."""
+        host = torch.as_tensor(lengths, dtype=torch.int64, device="cpu")
+        offsets_B1 = torch.zeros(len(host) + 1, dtype=torch.int64)
+        torch.cumsum(host, 0, out=offsets_B1[1:])
+        longest = int(host.max()) if len(host) else 0
+        return cls(offsets_B1.to(device or "cpu"), longest, int(offsets_B1[-1]), host.tolist())
+
+    @property
+    def device(self) -> torch.device:
+        return self.offsets_B1.device
+
+    @property
+    def num_users(self) -> int:
+        return self.offsets_B1.numel() - 1
+
+    @cached_property
+    def lengths_B(self) -> Tensor:
+        return self.offsets_B1.diff()
+
+    @cached_property
+    def user_T(self) -> Tensor:
+        """int64 [T]: the user of each row."""
+        users_B = torch.arange(self.num_users, device=self.device)
+        return users_B.repeat_interleave(self.lengths_B, output_size=self.num_tokens)
+
+    @cached_property
+    def position_T(self) -> Tensor:
+        """int64 [T]: the row's index within its user's sequence, from 0."""
+        return torch.arange(self.num_tokens, device=self.device) - self.offsets_B1[self.user_T]
+
+    @cached_property
+    def groups(self) -> List[LengthGroup]:
+        """Length groups of all users with at least one token, longest first."""
+        return self._grouping[0]
+
+    @cached_property
+    def token_P(self) -> Tensor:
+        """int64 [P]: the jagged row in each padded slot; slots past a user's end repeat its last row."""
+        return self._grouping[1]
+
+    @cached_property
+    def slot_T(self) -> Tensor:
+        """int64 [T]: the padded slot of each jagged row."""
+        return self._grouping[2]
+
+    @cached_property
+    def padding_slots(self) -> Tensor:
+        """int64: the slots of P past their user's end."""
+        return self._grouping[3]
+
+    @cached_property
+    def _grouping(self):
+        lengths = self._host_lengths if self._host_lengths is not None else self.lengths_B.tolist()
+        lengths_B = torch.as_tensor(lengths, dtype=torch.int64)
+        starts_B = torch.cumsum(lengths_B, 0) - lengths_B
+        order_B = torch.argsort(lengths_B, descending=True, stable=True)
+        slot_T = torch.empty(self.num_tokens, dtype=torch.int64)
+        groups, tokens, paddings, done = [], [], [], 0
+        for first, last in _runs_of_similar_length(lengths_B[order_B].tolist()):
+            users_G = order_B[first:last]
+            length, lengths_G = int(lengths_B[users_G[0]]), lengths_B[users_G]
+            position_N1 = torch.arange(length)[:, None]
+            token_NG = starts_B[users_G] + torch.minimum(position_N1, lengths_G - 1)
+            real_NG = position_N1 < lengths_G
+            slot_NG = done + torch.arange(token_NG.numel()).view_as(token_NG)
+            slot_T[token_NG[real_NG]] = slot_NG[real_NG]
+            tokens.append(token_NG.flatten())
+            paddings.append(slot_NG[~real_NG])
+            groups.append(LengthGroup(done, length, last - first))
+            done += token_NG.numel()
+        empty = [torch.empty(0, dtype=torch.int64)]
+        moves = (torch.cat(tokens + empty), slot_T, torch.cat(paddings + empty))
+        return (groups, *(index.to(self.device, non_blocking=True) for index in moves))
+
+
+def _runs_of_similar_length(descending: Sequence[int]):
+    """(first, last) ranges of the non-zero lengths that one group takes."""
+    first = 0
+    while first < len(descending) and descending[first] > 0:
+        longest = descending[first]
+        limit = first + max(1, SLOTS_PER_GROUP // longest)
+        last = first + 1
+        while last < min(limit, len(descending)) and descending[last] >= max(1, SHORTEST_TO_LONGEST * longest):
+            last += 1
+        yield first, last
+        first = last
+
+
+def to_padded(values_T: Tensor, layout: JaggedLayout) -> Tensor:
+    """[T, ...] to [B, max_length, ...]; slots past a user's end repeat its last row (any row for an empty user)."""
+    position_N = torch.arange(layout.max_length, device=layout.device)
+    last_B = (layout.lengths_B - 1).clamp(min=0)
+    token_BN = layout.offsets_B1[:-1, None] + torch.minimum(position_N, last_B[:, None])
+    if layout.num_tokens == 0:
+        return values_T.new_zeros(layout.num_users, layout.max_length, *values_T.shape[1:])
+    return values_T[token_BN.clamp(max=layout.num_tokens - 1)]
+
+
+def from_padded(padded_BN: Tensor, layout: JaggedLayout) -> Tensor:
+    """[B, max_length, ...] to [T, ...]; padding is dropped."""
+    return padded_BN[layout.user_T, layout.position_T]
+
+
+class _ToSlots(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values_T, layout):
+        ctx.layout = layout
+        return values_T.index_select(0, layout.token_P)
+
+    @staticmethod
+    def backward(ctx, grad_P):
+        return grad_P.index_select(0, ctx.layout.slot_T), None
+
+
+class _FromSlots(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values_P, layout):
+        ctx.layout = layout
+        return values_P.index_select(0, layout.slot_T)
+
+    @staticmethod
+    def backward(ctx, grad_T):
+        return slots_with_zero_padding(grad_T, ctx.layout), None
+
+
+def slots_with_zero_padding(values_T: Tensor, layout: JaggedLayout) -> Tensor:
+    """[T, ...] to [P, ...], zero past a user's end."""
+    return values_T.index_select(0, layout.token_P).index_fill_(0, layout.padding_slots, 0)
+
+
+def to_slots(values_T: Tensor, layout: JaggedLayout) -> Tensor:
+    """[T, ...] to [P, ...] in length groups. What is computed *from* padding must not reach a real row's result:
+    the gradient that comes back to a padded slot is dropped."""
+    return _ToSlots.apply(values_T, layout)
+
+
+def from_slots(values_P: Tensor, layout: JaggedLayout) -> Tensor:
+    """[P, ...] to [T, ...]; padding is dropped and gets a zero gradient."""
+    return _FromSlots.apply(values_P, layout)
