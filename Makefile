@@ -1,0 +1,58 @@
+# make smoke / make test: each installs what it needs into VENV the first time, then does its job.
+
+# A Python 3.10 to 3.14 with venv: TorchRec's wheels exist for these. Ours to choose unless given: make PYTHON=... test
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3.13 python3.14 python3; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info < (3, 15))' 2>/dev/null \
+	&& { echo $$p; break; }; done)
+VENV ?= .venv
+# cuda where an NVIDIA driver is found, else cpu; fbgemm's CUDA build does not import without that library.
+DEVICE ?= $(shell $(or $(PYTHON),false) -c 'import ctypes; ctypes.CDLL("libnvidia-ml.so.1")' 2>/dev/null \
+	&& echo cuda || echo cpu)
+# Address of another package index to take torch from. The default index has, for x86-64 Linux, a CUDA build of several
+# GB, which runs on a CPU too; PyTorch's own CPU index has a CPU build of 0.2 GB: make TORCH_INDEX=<its address> smoke
+TORCH_INDEX ?=
+PYTEST_ARGS ?=
+
+PYTHON := $(PYTHON)
+DEVICE := $(DEVICE)
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed-$(DEVICE)
+OTHER_FBGEMM := $(if $(filter cuda,$(DEVICE)),fbgemm-gpu-cpu,fbgemm-gpu)
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: help install smoke test lint clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) DEVICE=$(DEVICE) TORCH_INDEX=$(TORCH_INDEX) PYTEST_ARGS=$(PYTEST_ARGS)"
+
+install: $(INSTALLED)  ## the virtual environment alone
+
+smoke: $(INSTALLED)  ## train, evaluate and recommend on generated MovieLens-like data (minutes, no download of data)
+	$(BIN)/python -m benchmarks.smoke
+
+test: $(INSTALLED)  ## the tests
+	$(BIN)/python -m pytest -q --durations=10 $(PYTEST_ARGS)
+
+lint: $(INSTALLED)  ## ruff
+	$(BIN)/ruff check .
+
+clean:  ## remove the virtual environment and caches
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp is written last, so an interrupted installation is taken up again. Both builds of fbgemm fill the same folder,
+# and torch differs too: after a change of DEVICE the environment starts empty.
+$(INSTALLED): setup.py pyproject.toml $(wildcard requirements/*.txt)
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.10 to 3.14 with the venv module found; name one: make PYTHON=/path/to/python3.11" \
+		"(Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	@case "$(DEVICE)" in cpu|cuda) ;; *) echo "error: DEVICE=$(DEVICE): must be cpu or cuda" >&2; exit 1;; esac
+	@echo "Installing the $(DEVICE) build of TorchRec and its pinned dependencies into $(VENV) with $(PYTHON) ..."
+	@rm -f $(VENV)/.installed-*
+	@if $(BIN)/python -m pip show --quiet $(OTHER_FBGEMM) 2>/dev/null; then $(PYTHON) -m venv --clear $(VENV); \
+		else $(PYTHON) -m venv $(VENV); fi
+	$(PIP) install pip==26.3
+	$(PIP) install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements/base.txt -r requirements/dev.txt
+	$(PIP) install --no-deps -r requirements/$(DEVICE).txt
+	$(PIP) install --no-deps --no-build-isolation -e .
+	@touch $@

@@ -1,0 +1,47 @@
+"""Package metadata. The README says how to install; `make smoke` and `make test` do it by themselves."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "fuxi_torchrec/__init__.py").read_text()).group(1)
+README = ROOT / "README.md"
+
+setup(
+    name="fuxi-torchrec",
+    version=VERSION,
+    description="FuXi-β generative recommenders on sharded embedding tables (TorchRec), from laptop to cluster",
+    long_description=README.read_text() if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    python_requires=">=3.10",
+    packages=find_packages(include=["fuxi_torchrec*", "data_pipelines*", "launch*"]),
+    entry_points={"console_scripts": ["fuxi-torchrec = fuxi_torchrec.cli:main"]},
+    # No torch, torchrec or fbgemm here: a CPU and a GPU need different builds, and the CPU's cannot be written as a
+    # requirement (see requirements/cpu.txt). fuxi_torchrec.versions checks at start-up what is installed.
+    install_requires=[
+        "numpy>=1.26",
+        "pyarrow>=17",
+        "duckdb>=1.1",
+        "iopath>=0.1.10",
+        "jsonargparse>=4.40,<5",
+        "PyYAML>=6",
+        "rich>=13",
+        "tensorboard>=2.16",
+    ],
+    extras_require={
+        "cuda": ["torch==2.13.0", "torchrec==1.8.0", "fbgemm-gpu==1.8.0"],
+        "dev": ["pytest>=8", "ruff>=0.12"],
+        # The stable torchx 0.7.0 (2024) does not fit today's Slurm.
+        "launch": ["torchx-nightly==2026.10.26"],
+    },
+)
