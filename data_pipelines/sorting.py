@@ -96,6 +96,20 @@ class EventSorter:
         """Source ids of the items, in the order of their dense ids, int64 or string [V]."""
         return _one_array(self._connection.sql("SELECT source_id FROM items ORDER BY id").to_arrow_table()[0])
 
+    def titles(self, items: pa.Array, titles: pa.Array) -> pa.Array:
+        """Title of each catalogue item, string [V]; null where none is listed, the first where several are.
+
+        items: source ids; titles: string, beside them.
+        """
+        listed = pa.table({"item": items, "title": titles, "position": np.arange(len(items))})
+        self._connection.register("titles", listed)
+        query = (
+            "SELECT first.title FROM items LEFT JOIN "
+            "(SELECT item, arg_min(title, position) AS title FROM titles GROUP BY item) AS first "
+            "ON items.source_id = first.item ORDER BY items.id"
+        )
+        return _one_array(self._connection.sql(query).to_arrow_table()[0])
+
     def source_users(self) -> Optional[Iterator[pa.RecordBatch]]:
         """(user_id int64, source_id string) where the source's users are text, else None: their ids are kept."""
         if not self._text_users:
@@ -146,7 +160,7 @@ class EventSorter:
         return connection
 
     def _count(self, query: str) -> int:
-        return self._connection.execute(query).fetchone()[0]
+        return self._connection.execute(query).fetchall()[0][0]
 
     def _file(self, name: str) -> str:
         return os.path.join(self.folder, name)

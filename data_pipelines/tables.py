@@ -124,7 +124,8 @@ class ParquetTable:
     def blocks(self) -> Iterator[Tuple[int, Dict[str, pa.Array]]]:
         """Yields (rows before the block, column -> array). Raises UserError naming the file."""
         try:
-            with pq.ParquetFile(self.path) as file:
+            # Without pre-buffering a file that is one large row group is streamed as well.
+            with pq.ParquetFile(self.path, pre_buffer=False, buffer_size=1 << 20) as file:
                 _require_columns(self.name, self.columns, file.schema_arrow.names)
                 rows = 0
                 for batch in file.iter_batches(PARQUET_BLOCK_ROWS, columns=self.columns):

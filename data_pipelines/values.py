@@ -99,11 +99,47 @@ def to_float(array: pa.Array, what: str, kind: pa.DataType) -> pa.Array:
         try:
             array = array.cast(pa.float64())
         except pa.ArrowInvalid:
-            raise _first_not(array, lambda value: _casts(value, pa.float64()), f"{what} {{!r}} is not a number; mend or remove the row") from None
+            message = f"{what} {{!r}} is not a number; mend or remove the row"
+            raise _first_not(array, lambda value: _casts(value, pa.float64()), message) from None
     try:
         return pc.fill_null(array.cast(kind, safe=False), float("nan"))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         raise BadValue(None, f"holds {array.type}, not numbers") from None
+
+
+def extra_kind(array: pa.Array) -> str:
+    """What an extra column holds, by its first block: "int", "float" or "text"."""
+    kind = array.type
+    if pa.types.is_integer(kind) or pa.types.is_boolean(kind):
+        return "int"
+    if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+        return "float"
+    for name, target in (("int", pa.int64()), ("float", pa.float64())):
+        try:
+            pc.if_else(pc.equal(array, ""), pa.scalar("nan"), array).cast(target)
+            return name
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+            continue
+    return "text"
+
+
+def to_extra(array: pa.Array, name: str, kind: str) -> pa.Array:
+    """An extra column as int64, float64 or string. Missing: NaN in floats, "" in text, a BadValue in ints."""
+    if kind == "float":
+        return to_float(array, name, pa.float64())
+    target = pa.int64() if kind == "int" else pa.string()
+    try:
+        result = array.cast(target)
+    except pa.ArrowNotImplementedError:
+        raise BadValue(None, f"holds {array.type}, which cannot be read as {kind}") from None
+    except pa.ArrowInvalid:
+        plain = array.cast(pa.string())
+        message = f"{name} {{!r}} is not an integer; mend or remove the row"
+        raise _first_not(plain, lambda value: _casts(value, target), message) from None
+    if kind == "text":
+        return pc.fill_null(result, "")
+    _refuse_nulls(result, name)
+    return result
 
 
 def is_text(kind: pa.DataType) -> bool:
