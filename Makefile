@@ -37,22 +37,23 @@ test: $(INSTALLED)  ## the tests
 lint: $(INSTALLED)  ## ruff
 	$(BIN)/ruff check .
 
-clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+clean:  ## remove the virtual environment and caches (also what to do before another PYTHON is used)
+	rm -rf $(if $(wildcard $(VENV)/pyvenv.cfg),$(VENV)) build *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The stamp is written last, so an interrupted installation is taken up again. Both builds of fbgemm fill the same folder,
+# The stamp is written last, so an interrupted installation is taken up again. A new top-level package needs its place in
+# the editable installation, hence the __init__ files. Both builds of fbgemm fill the same folder,
 # and torch differs too: after a change of DEVICE the environment starts empty.
-$(INSTALLED): setup.py pyproject.toml $(wildcard requirements/*.txt)
+$(INSTALLED): setup.py pyproject.toml $(wildcard */__init__.py) $(wildcard requirements/*.txt)
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.10 to 3.14 with the venv module found; name one: make PYTHON=/path/to/python3.11" \
 		"(Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
 	@case "$(DEVICE)" in cpu|cuda) ;; *) echo "error: DEVICE=$(DEVICE): must be cpu or cuda" >&2; exit 1;; esac
 	@echo "Installing the $(DEVICE) build of TorchRec and its pinned dependencies into $(VENV) with $(PYTHON) ..."
 	@rm -f $(VENV)/.installed-*
-	@if $(BIN)/python -m pip show --quiet $(OTHER_FBGEMM) 2>/dev/null; then $(PYTHON) -m venv --clear $(VENV); \
-		else $(PYTHON) -m venv $(VENV); fi
-	$(PIP) install pip==26.3
-	$(PIP) install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements/base.txt -r requirements/dev.txt
-	$(PIP) install --no-deps -r requirements/$(DEVICE).txt
-	$(PIP) install --no-deps --no-build-isolation -e .
+	@if ! $(BIN)/python -c 'import pip' 2>/dev/null || $(PIP) show $(OTHER_FBGEMM) 2>/dev/null; then \
+		$(PYTHON) -m venv $(if $(wildcard $(VENV)/pyvenv.cfg),--clear) $(VENV); fi
+	@$(PIP) install pip==26.3
+	@$(PIP) install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements/base.txt -r requirements/dev.txt
+	@$(PIP) install --no-deps -r requirements/$(DEVICE).txt
+	@PYTHONWARNINGS=ignore $(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@
