@@ -111,8 +111,6 @@ class EvaluationConfig:
     every_steps: Optional[int] = None
     split: Optional[Literal["validation", "test"]] = None
     """Split watched during training; null: validation where the data split has one, else test (as the papers do)."""
-    item_chunk: int = 65536
-    """Catalogue rows scored at a time; bounds the memory of a full ranking."""
 
 
 @dataclass
@@ -151,3 +149,96 @@ class Config:
 
     def to_dict(self) -> Dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+METRIC_CUTOFFS = (1, 10, 50, 100, 200, 500, 1000)
+METRICS = tuple(f"{kind}@{k}" for kind in ("hr", "ndcg") for k in METRIC_CUTOFFS) + ("mrr", "cross_entropy")
+
+
+def check(config: Config) -> None:
+    """Raises UserError, naming the key, for values that no run could have. Types were checked when they were read."""
+    for key, value, least in _bounded(config):
+        if value is not None and value < least:
+            raise UserError(f"{key}: {value} is too small; it must be at least {least}")
+    for key in ("input_dropout", "dropout", "attention_dropout"):
+        if not 0 <= getattr(config.model, key) < 1:
+            raise UserError(f"model.{key}: {getattr(config.model, key)} is not in [0, 1)")
+    for key in ("loss.temperature", "loss.l2_eps", "optimizer.learning_rate", "model.ffn_multiply"):
+        section, name = key.split(".")
+        if not getattr(getattr(config, section), name) > 0:
+            raise UserError(f"{key}: {getattr(getattr(config, section), name)} must be greater than 0")
+    if any(not 0 <= beta < 1 for beta in config.optimizer.betas):
+        raise UserError(f"optimizer.betas: {list(config.optimizer.betas)} are not in [0, 1)")
+    clip = config.optimizer.clip_grad_norm
+    if clip is not None and not clip > 0:
+        raise UserError(f"optimizer.clip_grad_norm: {clip} must be greater than 0; null switches clipping off")
+    if config.trainer.metric not in METRICS:
+        raise UserError(f"trainer.metric: '{config.trainer.metric}' is none of {', '.join(METRICS)}")
+    _check_model(config)
+    _check_split(config)
+
+
+def _bounded(config: Config):
+    ones = {
+        "data": ("max_sequence_length", "batch_size", "tokens_per_batch", "shuffle_buffer"),
+        "model": ("embedding_dim", "num_blocks", "num_heads", "value_dim", "qk_dim", "padded_length"),
+        "loss": ("num_negatives",),
+        "evaluation": ("batch_size", "every_epochs", "every_steps"),
+        "trainer": ("max_epochs", "max_steps", "log_every_steps", "checkpoint_every_epochs", "patience"),
+    }
+    zeros = {
+        "data": ("prefetch",),
+        "optimizer": ("weight_decay", "warmup_steps", "min_learning_rate"),
+        "trainer": ("seed",),
+    }
+    for least, table in ((1, ones), (0, zeros)):
+        for section, names in table.items():
+            for name in names:
+                yield f"{section}.{name}", getattr(getattr(config, section), name), least
+
+
+def _check_model(config: Config) -> None:
+    model = config.model
+    if config.padded_length < config.data.max_sequence_length:
+        raise UserError(
+            f"model.padded_length: {config.padded_length} is shorter than data.max_sequence_length "
+            f"{config.data.max_sequence_length}; raise the one or lower the other"
+        )
+    if model.encoder == "sasrec" and model.embedding_dim % model.num_heads:
+        raise UserError(
+            f"model.num_heads: {model.num_heads} heads do not divide model.embedding_dim {model.embedding_dim}, "
+            "which SASRec's attention needs"
+        )
+    if int(model.embedding_dim * model.ffn_multiply) < 1:
+        raise UserError(f"model.ffn_multiply: {model.ffn_multiply} leaves the feed-forward layer without a unit")
+    if model.channels is not None:
+        if model.encoder not in ("fuxi_beta", "fuxi_alpha"):
+            raise UserError(f"model.channels: only the FuXi encoders have channels, not '{model.encoder}'; set null")
+        if not model.channels or len(set(model.channels)) < len(model.channels):
+            raise UserError(f"model.channels: {model.channels} must name at least one channel, each once")
+        if {"temporal", "bucketed_temporal"} <= set(model.channels):
+            raise UserError("model.channels: temporal and bucketed_temporal are two forms of one channel; keep one")
+
+
+def _check_split(config: Config) -> None:
+    data, cutoffs = config.data, config.data.temporal_cutoffs
+    if data.split == "temporal":
+        if not cutoffs or len(cutoffs) > 2 or list(cutoffs) != sorted(set(cutoffs)):
+            raise UserError(
+                "data.temporal_cutoffs: data.split=temporal needs [test_start] or [validation_start, test_start], "
+                f"in ascending ticks of the data set's time, not {cutoffs}"
+            )
+    elif cutoffs is not None:
+        raise UserError(f"data.temporal_cutoffs: only data.split=temporal uses cut-offs, not '{data.split}'")
+    if config.evaluation.split not in (None, *evaluation_splits(data)):
+        raise UserError(
+            f"evaluation.split: data.split={data.split} has no {config.evaluation.split} split; "
+            f"it has {' and '.join(evaluation_splits(data))}"
+        )
+
+
+def evaluation_splits(data: DataConfig) -> Tuple[str, ...]:
+    """The splits that can be evaluated: ("test",) or ("validation", "test")."""
+    if data.split == "leave_one_out" or (data.split == "temporal" and len(data.temporal_cutoffs or []) < 2):
+        return ("test",)
+    return ("validation", "test")

@@ -57,8 +57,10 @@ class TimeGaps:
             token_P = self.layout.token_P
             self._times_P = self.timestamps_T[token_P], self.next_timestamps_T[token_P]
         first, last = rows
-        past_NG, next_NG = (t[group.start : group.stop].view(group.length, group.users) for t in self._times_P)
-        ticks = next_NG[first:last].T[:, :, None] - past_NG[:last].T[:, None, :]
+        past_GN, next_GN = (
+            t[group.start : group.stop].view(group.length, group.users).T.contiguous() for t in self._times_P
+        )
+        ticks = next_GN[:, first:last, None] - past_GN[:, None, :last]
         strip = gap_feature(ticks, self.time_unit, feature, dtype)
         if self._keep:
             self._cache[key] = strip
@@ -93,7 +95,8 @@ def _mixed(seconds, *p):
 
 
 def _nn(seconds, weight_1, bias_1, weight_2, bias_2, weight_3, bias_3):
-    hidden = torch.sin(F.linear(seconds[..., None], weight_1, bias_1))
+    # The product is rounded before the sum, as in the research code: phases are large, and a fused product moves them.
+    hidden = torch.sin(seconds[..., None] * weight_1[:, 0] + bias_1)
     hidden = F.silu(F.linear(hidden, weight_2, bias_2))
     return F.linear(hidden, weight_3, bias_3)[..., 0]
 

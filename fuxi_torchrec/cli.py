@@ -1,0 +1,244 @@
+"""The command line. Each command builds only its own parser, and imports torch only once its arguments are right."""
+
+import os
+import sys
+from typing import Any, Callable, Dict, List, Optional
+
+from fuxi_torchrec import __version__
+from fuxi_torchrec.errors import UserError
+
+COMMANDS = {
+    "prepare": "raw data (MovieLens, event logs, synthetic) -> a data set folder",
+    "train": "train a config on a data set, into a run folder",
+    "evaluate": "rank a split's targets with a run's saved model",
+    "recommend": "top-k items for users, or for a history given by hand",
+}
+
+
+def main(arguments: Optional[List[str]] = None) -> int:
+    """Runs a command. Exit codes: 0 done, 2 the user's mistake (one line, no traceback), 128 + n stopped by signal n."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_overview())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"fuxi-torchrec {__version__}")
+        return 0
+    command, rest = arguments[0], arguments[1:]
+    handlers: Dict[str, Callable[[List[str]], int]] = {
+        "prepare": _prepare,
+        "train": _train,
+        "evaluate": _evaluate,
+        "recommend": _recommend,
+    }
+    try:
+        if command not in handlers:
+            raise UserError(f"unknown command {command!r}; the commands are {', '.join(COMMANDS)}")
+        return handlers[command](rest)
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of a pipe (head, less) has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _overview() -> str:
+    lines = [f"  {name:<10} {what}" for name, what in COMMANDS.items()]
+    return "\n".join(
+        ["usage: fuxi-torchrec COMMAND …", "", "FuXi-β generative recommenders on sharded embedding tables.", ""]
+        + [*lines, "", "fuxi-torchrec COMMAND --help tells a command's options."]
+    )
+
+
+def _prepare(arguments: List[str]) -> int:
+    from data_pipelines.cli import main as prepare
+
+    return prepare(arguments)
+
+
+def _train(arguments: List[str]) -> int:
+    from fuxi_torchrec.config_io import OneLineParser, add_config_arguments, parse_config, to_yaml
+
+    parser = OneLineParser(
+        prog="fuxi-torchrec train",
+        usage="fuxi-torchrec train CONFIG.yaml [--data.path DIR] [--output RUN_DIR] [--section.key value …]",
+        description="Trains the run that CONFIG.yaml describes; every key can be overridden by a dotted option.",
+    )
+    parser.add_argument("--output", type=str, default=None, help="Run folder; default runs/<config's name>.")
+    parser.add_argument("--resume", action="store_true", help="Go on from the run folder's last checkpoint, if any.")
+    parser.add_argument("--print-config", action="store_true", help="Print the resolved config as YAML and stop.")
+    add_config_arguments(parser)
+    if any(argument in ("-h", "--help") for argument in arguments):
+        parser.parse_args(["--help"])
+    if not arguments or arguments[0].startswith("-"):
+        raise UserError("train: name a config first, as in 'fuxi-torchrec train configs/smoke/fuxi-beta.yaml'")
+    path, *options = arguments
+    config, namespace = parse_config(parser, path, options)
+    if namespace.print_config:
+        print(to_yaml(config), end="")
+        return 0
+    if not config.data.path:
+        raise UserError("data.path: no data set named; give --data.path DIR (made by 'fuxi-torchrec prepare')")
+    output = namespace.output or os.path.join("runs", os.path.splitext(os.path.basename(path))[0])
+    return _run_training(config, output, namespace.resume)
+
+
+def _run_training(config: Any, output: str, resume: bool) -> int:
+    from fuxi_torchrec.data_format import read_identity
+
+    if "://" not in config.data.path:
+        config.data.path = os.path.abspath(config.data.path)
+    read_identity(config.data.path)  # before the seconds that importing torch takes
+    _check_environment(config.trainer.device)
+    from fuxi_torchrec.dataset import SequenceDataset
+    from fuxi_torchrec.progress import print_results
+    from fuxi_torchrec.run_folder import RunFolder
+    from fuxi_torchrec.sharding import start_world
+    from fuxi_torchrec.training import Interrupted, Trainer
+
+    dataset = SequenceDataset(config.data.path)
+    with start_world(config.trainer.device) as world:
+        run = RunFolder.create(output, config, dataset.identity, resume) if world.is_main else RunFolder(output)
+        try:
+            results = Trainer(config, dataset, run, world, resume).fit()
+        except Interrupted as stopped:
+            print(f"{stopped} (saved in {output})", file=sys.stderr)
+            return stopped.code
+        if world.is_main:
+            _print_splits(results, dataset, config, output)
+    return 0
+
+
+def _evaluate(arguments: List[str]) -> int:
+    from fuxi_torchrec.config_io import OneLineParser
+
+    parser = OneLineParser(prog="fuxi-torchrec evaluate", description="Ranks every user's target by a saved model.")
+    parser.add_argument("run", type=str, help="Run folder.")
+    parser.add_argument("--split", type=str, default="test", help="test, or validation where the run's split has one.")
+    _add_model_options(parser)
+    parser.add_argument("--output", type=str, default=None, help="Also write the metrics to this JSON file.")
+    options = parser.parse_args(arguments)
+    with _saved_model(options) as saved:
+        from fuxi_torchrec.config import evaluation_splits
+        from fuxi_torchrec.evaluation import evaluate, popularity
+
+        splits = evaluation_splits(saved.config.data)
+        if options.split not in splits:
+            raise UserError(f"--split {options.split}: this run's data.split has {' and '.join(splits)}")
+        metrics = evaluate(saved.model, saved.dataset, saved.config, options.split, saved.world)
+        line = {"split": options.split, "step": saved.step, "epoch": saved.epoch, "checkpoint": options.checkpoint}
+        saved.run.append({**line, **metrics, "command": "evaluate"})
+        results = {options.split: metrics}
+        results[f"popularity {options.split}"] = popularity(saved.dataset, saved.config, options.split)
+        _print_splits(results, saved.dataset, saved.config, options.run)
+        if options.output:
+            import json
+
+            from fuxi_torchrec.run_folder import write_aside
+
+            _write(options.output, lambda: write_aside(options.output, json.dumps({**line, **metrics}, indent=2) + "\n"))
+    return 0
+
+
+def _recommend(arguments: List[str]) -> int:
+    from fuxi_torchrec.config_io import OneLineParser
+
+    parser = OneLineParser(prog="fuxi-torchrec recommend", description="Top-k items, seen ones left out.")
+    parser.add_argument("run", type=str, help="Run folder.")
+    parser.add_argument("--users", type=str, default=None, help="User ids of the data set, 1,2,3.")
+    parser.add_argument("--history", type=str, default=None, help="Item ids, oldest first: item,item or item@time,….")
+    parser.add_argument("--k", type=int, default=10, help="Items a user.")
+    parser.add_argument("--at", type=int, default=None, help="Request time in ticks; default: the data set's newest.")
+    parser.add_argument("--include-seen", action="store_true", help="Recommend items of the history too.")
+    _add_model_options(parser)
+    parser.add_argument("--output", type=str, default=None, help="Write to this Parquet file instead of printing.")
+    options = parser.parse_args(arguments)
+    if (options.users is None) == (options.history is None):
+        raise UserError("recommend: give either --users or --history")
+    if options.k < 1:
+        raise UserError(f"--k: {options.k} must be at least 1")
+    with _saved_model(options) as saved:
+        from fuxi_torchrec import recommend as rec
+
+        catalogue = rec.Catalogue(saved.dataset)
+        if options.users is not None:
+            requests = rec.user_requests(saved.dataset, [user.strip() for user in options.users.split(",")])
+        else:
+            at = saved.dataset.identity.max_timestamp if options.at is None else options.at
+            requests = [rec.history_request(options.history, catalogue, at)]
+        scores, items = rec.recommend(
+            saved.model, saved.dataset, saved.config, saved.world, requests, options.k, options.at, options.include_seen
+        )
+        table = rec.to_table(requests, scores, items, catalogue)
+    if options.output:
+        import pyarrow.parquet as pq
+
+        from fuxi_torchrec.run_folder import file_aside
+
+        def write() -> None:
+            with file_aside(options.output) as aside:
+                pq.write_table(table, aside)
+
+        _write(options.output, write)
+        print(f"{table.num_rows} recommendations written to {options.output}")
+    else:
+        from fuxi_torchrec.progress import print_recommendations
+
+        print_recommendations(table)
+    return 0
+
+
+def _add_model_options(parser: Any) -> None:
+    parser.add_argument("--checkpoint", type=str, default="best", help="best, last, or a folder under checkpoints/.")
+    parser.add_argument("--data.path", type=str, default=None, help="The data set, if it has moved since training.")
+    parser.add_argument("--device", type=str, default=None, help="auto, cpu or cuda; default: as trained.")
+
+
+def _saved_model(options: Any) -> Any:
+    """A run's model, loaded; a context manager."""
+    from fuxi_torchrec.run_folder import RunFolder
+
+    run = RunFolder.open(options.run)
+    overrides = [] if options.data.path is None else ["--data.path", os.path.abspath(options.data.path)]
+    if options.device is not None:
+        overrides += ["--trainer.device", options.device]
+    config = run.config(overrides)
+    _check_environment(config.trainer.device)
+    from fuxi_torchrec.saved import open_model
+
+    return open_model(run, config, options.checkpoint)
+
+
+def _check_environment(device: str) -> None:
+    from fuxi_torchrec.versions import check_environment
+
+    check_environment(device)
+
+
+def _write(path: str, write: Callable[[], None]) -> None:
+    try:
+        write()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def _print_splits(results: Dict[str, Any], dataset: Any, config: Any, run: str) -> None:
+    from fuxi_torchrec.progress import print_results
+
+    for split in [name for name in results if " " not in name]:
+        rows = {config.model.encoder: results[split], "popularity": results[f"popularity {split}"]}
+        identity = dataset.identity
+        title = (
+            f"{identity.name}: {split} of {config.data.split}, {results[split]['users']:,} users against all "
+            f"{identity.num_items:,} items (catalogue: {identity.catalogue}), seen ones left out. Run: {run}"
+        )
+        print_results(rows, title)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""Full-ranking evaluation of a split, and the popularity baseline beside it.
+
+Shape suffixes: B users of a batch, D embedding, S seen pairs, V catalogue.
+"""
+
+from typing import Dict, Iterator, List, NamedTuple, Tuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fuxi_torchrec.batch import EVENTS, SequenceBatch
+from fuxi_torchrec.config import Config
+from fuxi_torchrec.dataset import SequenceDataset, ranges, windows
+from fuxi_torchrec.errors import UserError
+from fuxi_torchrec.loader import evaluation_batches, prefetch
+from fuxi_torchrec.metrics import metric_sums
+from fuxi_torchrec.ops.ranking import NonFiniteScore, Ranking, Seen, rank_targets
+from fuxi_torchrec.sharding import World, local_table
+
+
+class Queries(NamedTuple):
+    """What a rank asks of the catalogue: one query per user, in the data set's order."""
+
+    query_BD: Tensor  # float32
+    target_B: Tensor  # int64
+    seen: Seen
+    user_ids_B: Tensor
+    target_log_prob_B: Tensor  # float64; empty where the data set has none
+
+
+def evaluate(
+    model: nn.Module, dataset: SequenceDataset, config: Config, split: str, world: World
+) -> Dict[str, float]:
+    """Ranks every user's target of `split` against the whole catalogue minus the visible history.
+
+    Returns metric means by name ("ndcg@10", "hr@10", "mrr", "cross_entropy", …), "users", and for synthetic data
+    "cross_entropy_floor" and "cross_entropy_minus_floor" with its standard error, paired over the same events.
+    Raises UserError where a score is not finite or the split has no user to evaluate.
+    """
+    queries = encode_queries(model, dataset, config, split, world)
+    with torch.inference_mode():
+        try:
+            ranking = rank_targets(
+                queries.query_BD,
+                local_table(model),
+                queries.target_B,
+                queries.seen,
+                config.loss.temperature,
+                normalize_eps=config.loss.l2_eps,
+            )
+        except NonFiniteScore as error:
+            user = int(queries.user_ids_B[error.query])
+            raise UserError(f"evaluation: non-finite score for user {user}; the model has diverged") from None
+    sums = metric_sums(*ranking)
+    if dataset.has_log_probs:
+        sums.update(_floor_sums(ranking, queries.target_log_prob_B.to(ranking.rank_Q.device)))
+    return _means(sums, world, split)
+
+
+def encode_queries(
+    model: nn.Module, dataset: SequenceDataset, config: Config, split: str, world: World
+) -> Queries:
+    """This rank's users of a split, encoded with dropout off."""
+    parts: List[Queries] = []
+    users = 0
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in prefetch(_batches(dataset, config, split, world), config.data.prefetch):
+            batch = batch.to(world.device)
+            with torch.inference_mode():
+                query_BD = model(batch)
+            parts.append(_queries(batch, query_BD, users))
+            users += len(query_BD)
+    finally:
+        model.train(was_training)
+    return _joined(parts, config.model.embedding_dim, world.device)
+
+
+def popularity(dataset: SequenceDataset, config: Config, split: str) -> Dict[str, float]:
+    """The same metrics for ranking by training frequency; its cross_entropy uses add-one smoothed frequencies."""
+    counts_V = training_counts(dataset, config)
+    alone = World(0, 1, torch.device("cpu"))
+    sums: Dict[str, Tensor] = {}
+    log_prob_V = torch.log((counts_V + 1) / (counts_V + 1).sum())
+    for batch in _batches(dataset, config, split, alone):
+        asked = _queries(batch, torch.ones(len(batch.user_ids_B), 1), 0)
+        ranking = rank_targets(asked.query_BD, [(0, counts_V[:, None].float())], asked.target_B, asked.seen, 1.0)
+        for name, value in metric_sums(ranking.rank_Q, log_prob_V[asked.target_B]).items():
+            sums[name] = sums.get(name, 0) + value
+    return _means(sums, alone, split)
+
+
+def training_counts(dataset: SequenceDataset, config: Config) -> Tensor:
+    """Events of each item in the training split, float64 [V]; one pass over the data."""
+    counts_V = np.zeros(dataset.identity.num_items, dtype=np.int64)
+    for group in dataset.row_groups:
+        rows = dataset.read(group)
+        users = windows(rows, config.data, "train")
+        events = ranges(users.start_U, users.stop_U)
+        counts_V += np.bincount(rows.item_ids_E[events], minlength=len(counts_V))
+    return torch.from_numpy(counts_V).double()
+
+
+def _batches(dataset: SequenceDataset, config: Config, split: str, world: World) -> Iterator[SequenceBatch]:
+    size = config.evaluation.batch_size
+    return evaluation_batches(dataset, config.data, split, size, world.rank, world.size)
+
+
+def _queries(batch: SequenceBatch, query_BD: Tensor, first_user: int) -> Queries:
+    events = batch.ids[EVENTS]
+    item_ids_E, ends_B = events.values(), events.lengths().cumsum(0)
+    user_T = torch.repeat_interleave(torch.as_tensor(batch.host_lengths)).to(item_ids_E.device) + first_user
+    log_prob_B = batch.target_log_prob_B if batch.target_log_prob_B is not None else torch.empty(0).double()
+    seen = Seen(user_T, item_ids_E[batch.input_index_T])
+    return Queries(query_BD, item_ids_E[ends_B - 1], seen, batch.user_ids_B, log_prob_B)
+
+
+def _joined(parts: List[Queries], width: int, device: torch.device) -> Queries:
+    if not parts:
+        none = torch.empty(0, dtype=torch.int64, device=device)
+        return Queries(torch.empty(0, width, device=device), none, Seen(none, none), none.cpu(), torch.empty(0).double())
+    return Queries(
+        torch.cat([part.query_BD for part in parts]),
+        torch.cat([part.target_B for part in parts]),
+        Seen(torch.cat([part.seen.query_S for part in parts]), torch.cat([part.seen.item_S for part in parts])),
+        torch.cat([part.user_ids_B for part in parts]),
+        torch.cat([part.target_log_prob_B for part in parts]),
+    )
+
+
+def _floor_sums(ranking: Ranking, true_log_prob_B: Tensor) -> Dict[str, Tensor]:
+    gap_B = true_log_prob_B - ranking.log_prob_Q
+    return {
+        "cross_entropy_floor": -true_log_prob_B.sum(),
+        "cross_entropy_minus_floor": gap_B.sum(),
+        "squared_gap": gap_B.square().sum(),
+    }
+
+
+def _means(sums: Dict[str, Tensor], world: World, split: str) -> Dict[str, float]:
+    names, total = _reduced(sums, world)
+    users = total.pop("users")
+    if users == 0:
+        raise UserError(f"split {split}: no user has a history and a target; is the data set or the cut-off right?")
+    means = {name: total[name] / users for name in names if name in total}
+    squared = means.pop("squared_gap", None)
+    if squared is not None:
+        variance = max(squared - means["cross_entropy_minus_floor"] ** 2, 0.0)
+        means["cross_entropy_minus_floor_stderr"] = (variance / users) ** 0.5
+    return {"users": int(users), **means}
+
+
+def _reduced(sums: Dict[str, Tensor], world: World) -> Tuple[List[str], Dict[str, float]]:
+    if not sums:
+        return [], {"users": 0.0}
+    names = list(sums)
+    values = world.sum(torch.stack([sums[name].to(world.device) for name in names]))
+    return names, dict(zip(names, values.tolist()))

@@ -1,0 +1,110 @@
+"""The recommender: an item table looked up by TorchRec, a tower that mixes a user's events, and the loss.
+
+Shape suffixes: T positions, E events, B users, D embedding, U candidates.
+"""
+
+from typing import Dict
+
+import torch
+from torch import Tensor, nn
+from torchrec.modules.embedding_configs import EmbeddingConfig
+from torchrec.modules.embedding_modules import EmbeddingCollection
+from torchrec.sparse.jagged_tensor import JaggedTensor
+
+from fuxi_torchrec.batch import EVENTS, NEGATIVES, SequenceBatch
+from fuxi_torchrec.config import Config, LossConfig
+from fuxi_torchrec.encoders import build_encoder
+from fuxi_torchrec.ops.jagged import JaggedLayout
+from fuxi_torchrec.ops.sampled_softmax import l2_normalize, per_token_sampled_softmax, shared_sampled_softmax
+
+TABLE = "item"
+
+
+class SequenceRecommender(nn.Module):
+    """Item table -> tower. `forward` is all that TorchRec has to trace; the tower below is free in its control flow."""
+
+    def __init__(self, embeddings: nn.Module, tower: nn.Module):
+        super().__init__()
+        self.embeddings = embeddings
+        self.tower = tower
+
+    def forward(self, batch: SequenceBatch) -> Tensor:
+        """A batch with negatives gives its summed loss (float32 scalar); one without, each user's query vector [B, D]:
+        the L2-normalised output at the last input, whose next timestamp is the time of the target or request."""
+        return self.tower(self.embeddings(batch.ids), batch)
+
+
+class Tower(nn.Module):
+    """Encoder and loss on looked-up embeddings.
+
+    Args:
+        encoder: jagged item embeddings, timestamps, next timestamps and layout to jagged outputs.
+        config: temperature, normalisation and kind of negatives.
+        precision: "fp32", or "bf16" for autocast inside the encoder; normalisation and loss stay float32.
+    """
+
+    def __init__(self, encoder: nn.Module, config: LossConfig, precision: str = "fp32"):
+        super().__init__()
+        self.encoder, self.config, self.precision = encoder, config, precision
+
+    def forward(self, embeddings: Dict[str, JaggedTensor], batch: SequenceBatch) -> Tensor:
+        events_ED = embeddings[EVENTS].values()
+        outputs_TD = self.encode(events_ED, batch)
+        if not batch.has_negatives:
+            return outputs_TD[batch.offsets_B1[1:] - 1]
+        positives_TD = l2_normalize(events_ED[batch.input_index_T + 1], self.config.l2_eps)
+        candidates_UD = l2_normalize(embeddings[NEGATIVES].values(), self.config.l2_eps)
+        if batch.negative_index_TK is not None:
+            return per_token_sampled_softmax(
+                outputs_TD,
+                positives_TD,
+                candidates_UD,
+                batch.negative_index_TK,
+                batch.positive_index_T,
+                self.config.temperature,
+            )
+        item_ids_E = batch.ids[EVENTS].values()
+        return shared_sampled_softmax(
+            outputs_TD,
+            positives_TD,
+            candidates_UD,
+            batch.ids[NEGATIVES].values(),
+            item_ids_E[batch.input_index_T + 1],
+            self.config.temperature,
+        )
+
+    def encode(self, events_ED: Tensor, batch: SequenceBatch) -> Tensor:
+        """L2-normalised float32 outputs [T, D] of the batch's input positions."""
+        inputs_T, targets_T = batch.input_index_T, batch.input_index_T + 1
+        layout = JaggedLayout(
+            batch.offsets_B1, max(batch.host_lengths), batch.num_positions, host_lengths=batch.host_lengths
+        )
+        with torch.autocast(events_ED.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            outputs_TD = self.encoder(
+                events_ED[inputs_T], batch.timestamps_E[inputs_T], batch.timestamps_E[targets_T], layout
+            )
+        return l2_normalize(outputs_TD, self.config.l2_eps)
+
+
+def init_table(weight: Tensor) -> Tensor:
+    """Truncated normal, σ = 0.02 (model page, "Input")."""
+    return nn.init.trunc_normal_(weight, std=0.02)
+
+
+def build_model(config: Config, num_items: int, time_unit: float, device: torch.device) -> SequenceRecommender:
+    """The model of a run, unsharded, on `device`. Initial values depend on torch's seed alone.
+
+    Args:
+        num_items: V, rows of the item table.
+        time_unit: seconds per tick of the data set's timestamps.
+    """
+    table = EmbeddingConfig(
+        name=TABLE,
+        embedding_dim=config.model.embedding_dim,
+        num_embeddings=num_items,
+        feature_names=[EVENTS, NEGATIVES],
+        init_fn=init_table,
+    )
+    embeddings = EmbeddingCollection(tables=[table], device=device)
+    encoder = build_encoder(config.model, padded_length=config.padded_length, time_unit=time_unit).to(device)
+    return SequenceRecommender(embeddings, Tower(encoder, config.loss, config.trainer.precision))

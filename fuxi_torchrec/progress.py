@@ -1,0 +1,134 @@
+"""What a person and a program see of a run: a progress bar or plain lines, metrics.jsonl, TensorBoard, tables."""
+
+import sys
+import time
+from typing import Any, Dict, List, Optional
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fuxi_torchrec.run_folder import RunFolder
+
+TABLE_METRICS = ("ndcg@10", "ndcg@50", "hr@10", "hr@50", "mrr", "cross_entropy")
+
+
+class Progression:
+    """Reports a training run; silent on every rank but 0.
+
+    Args:
+        run: where metrics.jsonl and tensorboard/ are.
+        done: part of the run that is already done, 0 … 1.
+        first_step: steps already done when the run is resumed.
+    """
+
+    def __init__(self, run: RunFolder, done: float, first_step: int, is_main: bool):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.run, self.is_main = run, is_main
+        self.console = Console(stderr=True)
+        self.writer = SummaryWriter(run.tensorboard, purge_step=first_step) if is_main else None
+        self.bar: Optional[Progress] = None
+        if is_main and self.console.is_terminal:
+            columns = (BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+            self.bar = Progress(TextColumn("{task.description}"), *columns, console=self.console)
+            self.task = self.bar.add_task("starting", total=1.0, completed=done)
+            self.bar.start()
+
+    def training(self, line: Dict[str, Any]) -> None:
+        """A training line: step, epoch, loss, tokens_per_second, learning_rate."""
+        if not self.is_main:
+            return
+        self.run.append(line)
+        for name in ("loss", "tokens_per_second", "learning_rate"):
+            self.writer.add_scalar(f"train/{name}", line[name], line["step"])
+        text = f"epoch {line['epoch']}  loss {line['loss']:.4f}  {line['tokens_per_second']:,.0f} tokens/s"
+        if self.bar:
+            self.bar.update(self.task, description=text)
+        else:
+            self.say(f"step {line['step']}  {text}  lr {line['learning_rate']:.3g}")
+
+    def step(self, done: float) -> None:
+        if self.bar:
+            self.bar.update(self.task, completed=done)
+
+    def evaluation(self, line: Dict[str, Any]) -> None:
+        """An evaluation line: split, step, epoch and every metric by name."""
+        if not self.is_main:
+            return
+        self.run.append(line)
+        for name, value in line.items():
+            if isinstance(value, float):
+                self.writer.add_scalar(f"{line['split']}/{name}", value, line["step"])
+        shown = "  ".join(f"{name} {line[name]:.4f}" for name in TABLE_METRICS if name in line)
+        self.say(f"epoch {line['epoch']}  {line['split']}:  {shown}")
+
+    def say(self, text: str) -> None:
+        """A line for the person watching, on standard error."""
+        if not self.is_main:
+            return
+        if self.bar:
+            self.bar.console.print(text, highlight=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.bar:
+            self.bar.stop()
+            self.bar = None
+        if self.writer:
+            self.writer.close()
+
+
+class Rate:
+    """Tokens a second between log lines, evaluation and saving left out."""
+
+    def __init__(self) -> None:
+        self.tokens, self.seconds, self.since = 0, 0.0, time.perf_counter()
+
+    def start(self) -> None:
+        self.since = time.perf_counter()
+
+    def add(self, tokens: int) -> None:
+        now = time.perf_counter()
+        self.tokens += tokens
+        self.seconds += now - self.since
+        self.since = now
+
+    def take(self) -> float:
+        rate = self.tokens / max(self.seconds, 1e-9)
+        self.tokens, self.seconds = 0, 0.0
+        return rate
+
+
+def print_results(rows: Dict[str, Dict[str, Any]], title: str) -> None:
+    """A table on standard output: a row a model, a column a metric, then the floor where the data has one."""
+    first = next(iter(rows.values()))
+    names: List[str] = [name for name in TABLE_METRICS if name in first]
+    names += [name for name in first if name.startswith("cross_entropy_")]
+    table = Table(title=title, title_justify="left")
+    table.add_column("model")
+    for name in names:
+        table.add_column(name.replace("cross_entropy_", "ce_"), justify="right")
+    for model, metrics in rows.items():
+        table.add_row(model, *(f"{metrics[name]:.4f}" if name in metrics else "" for name in names))
+    _console().print(table)
+
+
+def print_recommendations(recommendations: Any) -> None:
+    """A table a user on standard output, of recommend.to_table's columns."""
+    by_user: Dict[str, List[Dict[str, Any]]] = {}
+    for row in recommendations.to_pylist():
+        by_user.setdefault(row["user"], []).append(row)
+    for user, rows in by_user.items():
+        table = Table(title=f"user {user}" if user != "history" else "history", title_justify="left")
+        for name in ("rank", "item", "title", "score"):
+            table.add_column(name, justify="left" if name == "title" else "right")
+        for row in rows:
+            table.add_row(str(row["rank"]), str(row["item_id"]), row["title"], f"{row['score']:.3f}")
+        _console().print(table)
+
+
+def _console() -> Console:
+    # A pipe has no width: leave tables whole there.
+    return Console() if sys.stdout.isatty() else Console(width=200)

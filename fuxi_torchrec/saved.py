@@ -1,0 +1,51 @@
+"""A run's saved model, opened for evaluation or recommendation."""
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Iterator
+
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+from fuxi_torchrec.checkpoint import Checkpoints
+from fuxi_torchrec.config import Config
+from fuxi_torchrec.dataset import SequenceDataset
+from fuxi_torchrec.errors import UserError
+from fuxi_torchrec.model import build_model
+from fuxi_torchrec.run_folder import RunFolder
+from fuxi_torchrec.sharding import World, distribute, start_world
+
+
+@dataclass
+class SavedModel:
+    run: RunFolder
+    config: Config
+    dataset: SequenceDataset
+    model: DistributedModelParallel
+    world: World
+    step: int
+    epoch: int
+
+
+@contextmanager
+def open_model(run: RunFolder, config: Config, checkpoint: str) -> Iterator[SavedModel]:
+    """Loads a checkpoint ("best", "last" or a folder's name) of a run beside the data set it was trained on.
+
+    Raises UserError where the data set is another one, or the checkpoint is missing, damaged or of another model.
+    """
+    dataset = SequenceDataset(config.data.path)
+    trained_on = run.identity()
+    if dataset.identity.content_checksum != trained_on.content_checksum:
+        raise UserError(
+            f"{config.data.path}: not the data set that {run.path} was trained on (content {_short(dataset.identity)}, "
+            f"there {_short(trained_on)}); name the right one with --data.path"
+        )
+    with start_world(config.trainer.device) as world:
+        model = build_model(config, dataset.identity.num_items, dataset.identity.time_unit, world.device)
+        model = distribute(model, world)
+        state = Checkpoints(run.checkpoints, config, dataset.identity.num_items, world).load(checkpoint, model)
+        model.eval()
+        yield SavedModel(run, config, dataset, model, world, state["step"], state["epoch"])
+
+
+def _short(identity) -> str:
+    return identity.content_checksum[:19]

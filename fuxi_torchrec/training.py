@@ -1,0 +1,288 @@
+"""The training loop.
+
+A step: batch -> summed loss -> global number of positions -> backward -> clip -> learning rate -> AdamW. What a step
+draws (order, negatives, dropout) is a function of (seed, rank, step), so a resumed run goes on as if never stopped.
+"""
+
+import math
+import signal
+import time
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator, List, Optional, Tuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from fuxi_torchrec.batch import SequenceBatch
+from fuxi_torchrec.checkpoint import Checkpoints, create_optimizer_state
+from fuxi_torchrec.config import Config, OptimizerConfig, evaluation_splits
+from fuxi_torchrec.dataset import SequenceDataset
+from fuxi_torchrec.errors import UserError
+from fuxi_torchrec.evaluation import evaluate, popularity
+from fuxi_torchrec.loader import Position, TrainingStream, prefetch
+from fuxi_torchrec.metrics import is_better
+from fuxi_torchrec.model import build_model
+from fuxi_torchrec.negatives import NegativeSampler
+from fuxi_torchrec.progress import Progression, Rate
+from fuxi_torchrec.run_folder import RunFolder
+from fuxi_torchrec.sharding import World, build_optimizer, distribute
+
+
+class Interrupted(Exception):
+    """Stopped by a signal, after saving. `code` is the exit code: 128 + the signal's number."""
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by {signal.Signals(number).name}; go on with --resume")
+        self.code = 128 + number
+
+
+class Trainer:
+    """One run, from its first or its resumed step to the last.
+
+    Args:
+        config: a checked Config.
+        dataset: the prepared data set.
+        run: the run's folder.
+        world: this process's place.
+        resume: go on from the last checkpoint, if there is one.
+    """
+
+    def __init__(self, config: Config, dataset: SequenceDataset, run: RunFolder, world: World, resume: bool = False):
+        self.config, self.dataset, self.run, self.world = config, dataset, run, world
+        seed, num_items = config.trainer.seed, dataset.identity.num_items
+        torch.manual_seed(seed)
+        model = build_model(config, num_items, dataset.identity.time_unit, world.device)
+        self.model = distribute(model, world)
+        self.optimizer = build_optimizer(self.model, config.optimizer)
+        sampler = NegativeSampler(config.loss, num_items, seed, world.rank)
+        self.stream = TrainingStream(dataset, config.data, sampler, seed, world.rank, world.size)
+        self.checkpoints = Checkpoints(run.checkpoints, config, num_items, world)
+        self.position = Position()
+        self.users_seen = 0  # of the current epoch, over all ranks
+        self.best_value: Optional[float] = None
+        self.without_better = 0
+        if resume and self.checkpoints.index():
+            self._resume()
+        self.progression = Progression(run, self._progress(), self.position.step, world.is_main)
+
+    def fit(self) -> Dict[str, Dict[str, float]]:
+        """Trains to the end, then evaluates the best checkpoint. Returns {split: metrics} with a popularity row as
+        {"popularity " + split: metrics}. Raises Interrupted after a signal, UserError for a diverged loss."""
+        try:
+            with _signals() as received:
+                while not self._finished():
+                    self._epoch(received)
+                    if self._patience_is_out():
+                        self.progression.say(f"no better {self.config.trainer.metric} for {self.without_better} evaluations")
+                        break
+            return self._final_evaluation()
+        finally:
+            self.progression.close()
+
+    def _epoch(self, received: List[int]) -> None:
+        epoch, losses, rate = self.position.epoch, [], Rate()
+        batches = prefetch(self.stream.epoch(self.position), self.config.data.prefetch)
+        saved_step = self.position.step
+        while True:
+            done = self._step(next(batches, None), bool(received))
+            if done is None:
+                break
+            loss, positions, stop = done
+            losses.append((loss, positions))
+            rate.add(positions)
+            step = self.position.step
+            self.progression.step(self._progress())
+            if step % self.config.trainer.log_every_steps == 0:
+                self._log(losses, rate)
+            if stop:
+                self._save(is_best=False)
+                raise Interrupted(received[0] if received else signal.SIGTERM)
+            if self._reached_max_steps():
+                break
+            every = self.config.evaluation.every_steps
+            if every and step % every == 0:
+                self._evaluate_and_save(must_save=False)
+                saved_step = step
+                rate.start()
+                if self._patience_is_out():
+                    return
+        if losses:
+            self._log(losses, rate)
+        if not self._reached_max_steps():
+            self.position, self.users_seen = Position(epoch=epoch + 1, step=self.position.step), 0
+        self._end_of_epoch(epoch, already=saved_step == self.position.step)
+
+    def _end_of_epoch(self, epoch: int, already: bool) -> None:
+        last = self._finished()
+        every = self.config.evaluation.every_epochs
+        due = (epoch + 1) % self.config.trainer.checkpoint_every_epochs == 0 or last
+        if (every and (epoch + 1) % every == 0 and not already) or (last and not already):
+            self._evaluate_and_save(must_save=due)
+        elif due:
+            self._save(is_best=False)
+
+    def _step(self, batch: Optional[SequenceBatch], stop: bool) -> Optional[Tuple[float, int, bool]]:
+        """One optimizer step; None stands for a rank without data left, which keeps step with an empty batch.
+
+        Returns the global mean loss, the global number of positions, and whether any rank was told to stop; None (and
+        no step is made) where no rank has a position left.
+        """
+        if batch is None:
+            if self.world.size == 1:
+                return None
+            batch = self.stream.empty_batch(self.position)
+        position = batch.position
+        torch.manual_seed(_step_seed(self.config.trainer.seed, self.world.rank, position.step))
+        batch = batch.to(self.world.device, non_blocking=True)
+        loss_sum = self.model(batch)
+        here = [batch.num_positions, len(batch.user_ids_B), stop]
+        here = torch.tensor(here, dtype=torch.float64, device=self.world.device)
+        total, positions, users, stops = self.world.sum(torch.cat([loss_sum.detach().double()[None], here])).tolist()
+        if positions == 0:
+            return None
+        loss = total / positions
+        if not math.isfinite(loss):
+            raise self._diverged(batch, float(loss_sum), position.step)
+        # DDP averages over ranks; the loss is the mean over the positions of the global batch.
+        (loss_sum * (self.world.size / positions)).backward()
+        if self.config.optimizer.clip_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip_grad_norm)
+        self.learning_rate = learning_rate(self.config.optimizer, position.step, self._progress())
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.position = position
+        self.users_seen += int(users)
+        return loss, int(positions), stops > 0
+
+    def _diverged(self, batch: SequenceBatch, loss_sum: float, step: int) -> UserError:
+        users = batch.user_ids_B.tolist()
+        shown = ", ".join(map(str, users[:10])) + (f", … ({len(users)} in all)" if len(users) > 10 else "")
+        whose = f"users of its batch: {shown}" if not math.isfinite(loss_sum) else "the batch of another rank"
+        return UserError(
+            f"step {step}: the loss is not finite, stopped before the update; {whose}; "
+            "try a lower optimizer.learning_rate or optimizer.clip_grad_norm"
+        )
+
+    def _log(self, losses: List[Tuple[float, int]], rate: Rate) -> None:
+        positions = sum(count for _, count in losses)
+        line = {
+            "step": self.position.step,
+            "epoch": self.position.epoch + 1,
+            "loss": sum(loss * count for loss, count in losses) / positions,
+            "tokens_per_second": rate.take(),
+            "learning_rate": self.learning_rate,
+        }
+        losses.clear()
+        self.progression.training(line)
+
+    def _evaluate_and_save(self, must_save: bool) -> None:
+        split = self.config.evaluation.split or evaluation_splits(self.config.data)[0]
+        metrics = self._evaluate(split)
+        value = metrics[self.config.trainer.metric]
+        is_best = self.best_value is None or is_better(self.config.trainer.metric, value, self.best_value)
+        self.without_better = 0 if is_best else self.without_better + 1
+        if is_best:
+            self.best_value = value
+        if is_best or must_save:
+            self._save(is_best)
+
+    def _evaluate(self, split: str, **extra: Any) -> Dict[str, float]:
+        started = time.perf_counter()
+        metrics = evaluate(self.model, self.dataset, self.config, split, self.world)
+        line = {"split": split, "step": self.position.step, "epoch": self._epochs_done(), **extra, **metrics}
+        self.progression.evaluation({**line, "seconds": round(time.perf_counter() - started, 3)})
+        return metrics
+
+    def _final_evaluation(self) -> Dict[str, Dict[str, float]]:
+        """The best checkpoint on every split: the numbers that `evaluate RUN_DIR` gives again."""
+        state = self.checkpoints.load("best", self.model)
+        self.position = Position(**state["positions"][0])
+        results = {}
+        for split in evaluation_splits(self.config.data):
+            results[split] = self._evaluate(split, checkpoint="best")
+            if self.world.is_main:
+                results[f"popularity {split}"] = popularity(self.dataset, self.config, split)
+        return results
+
+    def _save(self, is_best: bool) -> None:
+        positions = [self.position.to_dict()]
+        if self.world.size > 1:
+            positions = [None] * self.world.size
+            dist.all_gather_object(positions, self.position.to_dict())
+        state = {
+            "step": self.position.step,
+            "epoch": self._epochs_done(),
+            "positions": positions,
+            "users_seen": self.users_seen,
+            "best_value": self.best_value,
+            "without_better": self.without_better,
+        }
+        self.checkpoints.save(self.model, self.optimizer, state, self.best_value, is_best)
+
+    def _resume(self) -> None:
+        create_optimizer_state(self.model, self.optimizer)
+        state = self.checkpoints.load("last", self.model, self.optimizer)
+        positions = state["positions"]
+        if len(positions) == self.world.size:
+            self.position, self.users_seen = Position(**positions[self.world.rank]), state["users_seen"]
+        else:  # dealt differently now: this epoch starts again
+            self.position = Position(epoch=positions[0]["epoch"], step=positions[0]["step"])
+        self.best_value, self.without_better = state["best_value"], state["without_better"]
+        if self.world.is_main:
+            self.run.forget_after(state["step"])
+
+    def _epochs_done(self) -> int:
+        """Epochs finished, the current one included once it has begun."""
+        return self.position.epoch + (1 if self.position.buffer or self.position.taken else 0)
+
+    def _finished(self) -> bool:
+        return self.position.epoch >= self.config.trainer.max_epochs or self._reached_max_steps()
+
+    def _reached_max_steps(self) -> bool:
+        return self.config.trainer.max_steps is not None and self.position.step >= self.config.trainer.max_steps
+
+    def _patience_is_out(self) -> bool:
+        patience = self.config.trainer.patience
+        return patience is not None and self.without_better >= patience
+
+    def _progress(self) -> float:
+        """Part of the run that is done, 0 … 1, the same on every rank."""
+        trainer, users = self.config.trainer, max(self.dataset.identity.num_users, 1)
+        by_epochs = (self.position.epoch + self.users_seen / users) / trainer.max_epochs
+        by_steps = self.position.step / trainer.max_steps if trainer.max_steps else 0.0
+        return min(1.0, max(by_epochs, by_steps))
+
+
+def learning_rate(config: OptimizerConfig, step: int, progress: float) -> float:
+    """Learning rate of the step-th step (from 1): linear warm-up, then constant, or cosine in `progress` (0 … 1)."""
+    if step <= config.warmup_steps:
+        return config.learning_rate * step / config.warmup_steps
+    if config.schedule == "constant":
+        return config.learning_rate
+    span = config.learning_rate - config.min_learning_rate
+    return config.min_learning_rate + span * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _step_seed(seed: int, rank: int, step: int) -> int:
+    return int(np.random.SeedSequence([seed, rank, step, 1]).generate_state(1, np.uint64)[0] >> 1)
+
+
+@contextmanager
+def _signals() -> Iterator[List[int]]:
+    """Collects SIGINT and SIGTERM, so that the current step can end and be saved; a second Ctrl-C breaks off."""
+    received: List[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
