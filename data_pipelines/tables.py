@@ -35,10 +35,10 @@ class CsvTable:
 
     def blocks(self) -> Iterator[Tuple[int, Dict[str, pa.Array]]]:
         """Yields (rows before the block, column -> text array). Raises UserError naming file and line."""
-        self._header = self.names or self._read_header()
-        _require_columns(self.name, self.columns, self._header)
-        rows = 0
         try:
+            self._header = self.names or self._read_header()
+            _require_columns(self.name, self.columns, self._header)
+            rows = 0
             with self.open_file() as file:
                 for batch in self._reader(file):
                     yield rows, dict(zip(self.columns, batch.columns))
@@ -46,6 +46,10 @@ class CsvTable:
         except pa.ArrowInvalid as error:
             if "Empty CSV file" not in str(error):  # no events: for the caller to say, who may have other files
                 raise self._explain(error) from None
+        except OSError as error:
+            if error.errno is not None:
+                raise  # the disk's own trouble, not the file's
+            raise UserError(f"{self.name}: damaged or truncated ({_one_line(error)}); fetch it again") from None
 
     def place(self, row: int) -> str:
         """Where data row `row` (0-based) begins: 'line N', 1-based, the header, empty lines and all counted."""
@@ -132,7 +136,7 @@ class ParquetTable:
                     yield rows, {name: batch.column(name) for name in self.columns}
                     rows += len(batch)
         except (pa.ArrowException, OSError) as error:
-            if isinstance(error, OSError) and error.errno is not None and not isinstance(error, pa.ArrowException):
+            if getattr(error, "errno", None) is not None:
                 raise  # the disk's own trouble, not the file's
             raise UserError(f"{self.name}: not a readable Parquet file ({_one_line(error)}); fetch it again") from None
 
