@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fuxi_torchrec.errors import UserError
+from fuxi_torchrec.ops.fused import dropout
 from fuxi_torchrec.ops.jagged import JaggedLayout
 
 
@@ -66,7 +67,7 @@ class SequenceEncoder(nn.Module):
         assert embeddings_TD.shape == (layout.num_tokens, self.embedding_dim)
         position_TD = F.embedding(layout.position_T, self.position_embedding_ND)
         x_TD = torch.add(position_TD, embeddings_TD, alpha=math.sqrt(self.embedding_dim))
-        x_TD = F.dropout(x_TD, self.input_dropout, self.training)
+        x_TD = dropout(x_TD, self.input_dropout, self.training)
         context = self.batch_context(timestamps_T, next_timestamps_T, layout)
         for block in self.blocks:
             x_TD = block(x_TD, context)
@@ -77,15 +78,3 @@ def reset_linear_bias(bias: Tensor, fan_in: int) -> None:
     """PyTorch's default for a linear layer's bias."""
     bound = 1 / math.sqrt(fan_in) if fan_in else 0.0
     nn.init.uniform_(bias, -bound, bound)
-
-
-def rms_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """RMSNorm without a weight, in float32 at least."""
-    x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-    return F.rms_norm(x, x.shape[-1:], eps=eps)
-
-
-def layer_norm(x: Tensor, eps: float) -> Tensor:
-    """LayerNorm without weight and bias, in float32 at least."""
-    x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-    return F.layer_norm(x, x.shape[-1:], eps=eps)

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fuxi_torchrec.config import ModelConfig
-from fuxi_torchrec.encoders.base import SequenceEncoder, reset_linear_bias, rms_norm
+from fuxi_torchrec.encoders.base import SequenceEncoder, reset_linear_bias
 from fuxi_torchrec.encoders.channels import BucketedTemporalChannel, FunctionalTemporalChannel, PositionalChannel
 from fuxi_torchrec.errors import UserError
+from fuxi_torchrec.ops.fused import gated_rms_norm, rms_norm, silu_split, swiglu
 from fuxi_torchrec.ops.jagged import JaggedLayout
 from fuxi_torchrec.ops.pointwise_attention import silu_attention
 from fuxi_torchrec.ops.time_maps import TimeGaps
@@ -78,15 +79,15 @@ class FuXiBlock(nn.Module):
             mixer.reset_parameters()
 
     def forward(self, x_TD: Tensor, context: FuXiContext) -> Tensor:
-        H, d, q = self.num_heads, self.value_dim, self.qk_dim
-        z = F.silu(rms_norm(x_TD) @ self.input_weight)
-        u, v, queries_keys = z.split([self.mixed_width, H * d, z.shape[1] - self.mixed_width - H * d], dim=1)
+        H, d = self.num_heads, self.value_dim
+        z_TW = rms_norm(x_TD) @ self.input_weight
+        sizes = (self.mixed_width, H * d, z_TW.shape[1] - self.mixed_width - H * d)
+        u, v, queries_keys = silu_split(z_TW, sizes)
         y = self._mix(v.unflatten(1, (H, d)), queries_keys, context)
-        mixed = F.dropout(u * rms_norm(y), self.dropout, self.training)
+        mixed = gated_rms_norm(u, y, self.dropout, self.training)
         h_TD = F.linear(mixed, self.output_weight, self.output_bias) + x_TD
-        g_TD = F.dropout(rms_norm(h_TD), self.dropout, self.training)
-        gate_TF, up_TF = F.linear(g_TD, self.ffn_in_weight).chunk(2, dim=1)
-        return F.linear(F.silu(gate_TF) * up_TF, self.ffn_out_weight) + h_TD
+        g_TD = rms_norm(h_TD, self.dropout, self.training)
+        return F.linear(swiglu(F.linear(g_TD, self.ffn_in_weight)), self.ffn_out_weight) + h_TD
 
     def _mix(self, v_THd: Tensor, queries_keys: Tensor, context: FuXiContext) -> Tensor:
         """[T, C * H * d], per head the channels side by side."""

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fuxi_torchrec.config import ModelConfig
-from fuxi_torchrec.encoders.base import SequenceEncoder, layer_norm, reset_linear_bias
+from fuxi_torchrec.encoders.base import SequenceEncoder, reset_linear_bias
 from fuxi_torchrec.encoders.channels import BucketedTemporalChannel, PositionalChannel
+from fuxi_torchrec.ops.fused import dropout, layer_norm, silu_split
 from fuxi_torchrec.ops.jagged import JaggedLayout
 from fuxi_torchrec.ops.pointwise_attention import silu_attention
 from fuxi_torchrec.ops.time_maps import TimeGaps
@@ -51,8 +52,8 @@ class HSTUBlock(nn.Module):
 
     def forward(self, x_TD: Tensor, context: HSTUContext) -> Tensor:
         H, d, q = self.num_heads, self.value_dim, self.qk_dim
-        z = F.silu(layer_norm(x_TD, EPS) @ self.input_weight)
-        u, v, queries, keys = z.split([H * d, H * d, H * q, H * q], dim=1)
+        z_TW = layer_norm(x_TD, EPS) @ self.input_weight
+        u, v, queries, keys = silu_split(z_TW, (H * d, H * d, H * q, H * q))
         y_THd = silu_attention(
             queries.unflatten(1, (H, q)),
             keys.unflatten(1, (H, q)),
@@ -63,7 +64,7 @@ class HSTUBlock(nn.Module):
             self.bucketed_temporal.weight,
             context.gaps,
         )
-        mixed = F.dropout(u * layer_norm(y_THd.flatten(1), EPS), self.dropout, self.training)
+        mixed = dropout(u * layer_norm(y_THd.flatten(1), EPS), self.dropout, self.training)
         return F.linear(mixed, self.output_weight, self.output_bias) + x_TD
 
 

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fuxi_torchrec.config import ModelConfig
-from fuxi_torchrec.encoders.base import SequenceEncoder, layer_norm, reset_linear_bias
+from fuxi_torchrec.encoders.base import SequenceEncoder, reset_linear_bias
 from fuxi_torchrec.errors import UserError
+from fuxi_torchrec.ops.fused import dropout, layer_norm
 from fuxi_torchrec.ops.jagged import JaggedLayout, from_slots, to_slots
 
 EPS = 1e-8
@@ -65,9 +66,9 @@ class SASRecBlock(nn.Module):
         query_TD = layer_norm(x_TD, EPS)
         r_TD = layer_norm(query_TD + self._attention(query_TD, x_TD, layout), EPS)
         hidden_TF = self.activation(F.linear(r_TD, self.ffn_in_weight, self.ffn_in_bias))
-        hidden_TF = F.dropout(hidden_TF, self.dropout, self.training)
+        hidden_TF = dropout(hidden_TF, self.dropout, self.training)
         out_TD = F.linear(hidden_TF, self.ffn_out_weight, self.ffn_out_bias)
-        return r_TD + F.dropout(out_TD, self.dropout, self.training)
+        return r_TD + dropout(out_TD, self.dropout, self.training)
 
     def _attention(self, query_TD: Tensor, x_TD: Tensor, layout: JaggedLayout) -> Tensor:
         D, heads = x_TD.shape[1], (self.num_heads, -1)

@@ -80,11 +80,11 @@ class _BlockedMixing(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values_THd, layout, gaps, counts, *params):
         ctx.layout, ctx.gaps, ctx.counts = layout, gaps, counts
-        ctx.save_for_backward(values_THd, *params)
         T, H, d = values_THd.shape
         channels = _with_params(counts, params)
         with torch.autocast(values_THd.device.type, enabled=False):
             v_PE = values_THd.reshape(T, H * d).index_select(0, layout.token_P)
+            ctx.save_for_backward(v_PE, *params)
             y_PHCd = v_PE.new_empty(len(v_PE), H, len(counts), d)
             for c, (name, channel_params) in enumerate(channels):
                 y_PHd = y_PHCd[:, :, c]
@@ -98,10 +98,9 @@ class _BlockedMixing(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_THCd):
-        values_THd, *params = ctx.saved_tensors
+        v_PE, *params = ctx.saved_tensors
         layout = ctx.layout
-        T, H, d = values_THd.shape
-        v_PE = values_THd.reshape(T, H * d).index_select(0, layout.token_P)
+        T, H, _, d = grad_THCd.shape
         grad_PHCd = slots_with_zero_padding(grad_THCd.contiguous(), layout)
         grad_v_PE = torch.zeros_like(v_PE)
         grad_params: List[Tensor] = []

@@ -1,0 +1,224 @@
+"""Norms, gates and dropout of the blocks, each one autograd node with a closed-form backward.
+
+On a CPU these are bound by memory: rows are worked off in chunks that stay in the cache, few tensors are kept, and
+dropout draws 16 random bits an element instead of a 64-bit uniform number. Maths in float32 at least.
+
+Shapes: T tokens, W width.
+"""
+
+from typing import Optional, Sequence, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+CHUNK_ELEMENTS = 2**18
+"""Elements of a chunk of rows on a CPU; elsewhere there is one chunk."""
+_LEVELS = 2**16
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def _row_chunks(x_TW: Tensor):
+    T, W = x_TW.shape
+    rows = max(1, CHUNK_ELEMENTS // max(1, W)) if x_TW.device.type == "cpu" else max(1, T)
+    return [slice(start, min(start + rows, T)) for start in range(0, T, rows)]
+
+
+class DropoutMask:
+    """Which elements of a tensor stay: each with probability 1 - p, and then times `factor` = 1 / (1 - p).
+
+    Drawn from torch's generator of the device. On a CPU p is rounded to a multiple of 2**-16 and the factor with it;
+    what is kept is 16 random bits an element, turned into zeros and ones chunk by chunk.
+    """
+
+    def __init__(self, like: Tensor, p: float) -> None:
+        assert 0 < p < 1
+        if like.device.type == "cpu":
+            count, dropped = like.numel(), round(p * _LEVELS)
+            words = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+            self.bits = words.view(torch.int16)[:count].view(like.shape)
+            self.smallest_kept = dropped - _LEVELS // 2
+            self.factor = _LEVELS / (_LEVELS - dropped)
+        else:
+            self.bits = torch.empty_like(like, dtype=torch.int16).bernoulli_(1 - p)
+            self.smallest_kept, self.factor = 1, 1 / (1 - p)
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        """Zeros and ones for some rows, in float."""
+        bits = self.bits[rows]
+        return torch.ge(bits, self.smallest_kept, out=torch.empty(bits.shape, device=bits.device))
+
+
+def _mask(like: Tensor, p: float) -> Tuple[Optional[DropoutMask], float]:
+    mask = DropoutMask(like, p) if p else None
+    return mask, 1.0 if mask is None else mask.factor
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, p):
+        ctx.mask = DropoutMask(x, p)
+        return _masked(x, ctx.mask)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return _masked(grad, ctx.mask), None
+
+
+def _masked(x: Tensor, mask: DropoutMask) -> Tensor:
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for rows in _row_chunks(x.flatten(1)):
+        torch.mul(x[rows], mask[rows].mul_(mask.factor), out=out[rows])
+    return out
+
+
+def dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    """Zeroes elements with probability p and scales the others by 1 / (1 - p), in training only; [T, ...]."""
+    return _Dropout.apply(_wide(x), p) if training and p > 0 else x
+
+
+class _RMSNorm(torch.autograd.Function):
+    """out = x * rsqrt(mean(x²) + eps) (* mask * factor)."""
+
+    @staticmethod
+    def forward(ctx, x_TW, p, eps):
+        ctx.mask, ctx.factor = _mask(x_TW, p)
+        inverse_T1 = _inverse_rms(x_TW, eps)
+        out_TW = torch.empty_like(x_TW)
+        for rows in _row_chunks(x_TW):
+            out = torch.mul(x_TW[rows], inverse_T1[rows] * ctx.factor, out=out_TW[rows])
+            if ctx.mask is not None:
+                out.mul_(ctx.mask[rows])
+        ctx.save_for_backward(x_TW, inverse_T1)
+        return out_TW
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_TW):
+        x_TW, inverse_T1 = ctx.saved_tensors
+        out_TW = torch.empty_like(x_TW)
+        for rows in _row_chunks(x_TW):
+            grad = grad_TW[rows] if ctx.mask is None else ctx.mask[rows].mul_(grad_TW[rows])
+            _rms_norm_backward(out_TW[rows], grad, x_TW[rows], inverse_T1[rows], ctx.factor)
+        return out_TW, None, None
+
+
+def _inverse_rms(x_TW: Tensor, eps: float) -> Tensor:
+    norm_T1 = torch.linalg.vector_norm(x_TW, dim=-1, keepdim=True)
+    return norm_T1.square_().div_(x_TW.shape[1]).add_(eps).rsqrt_()
+
+
+def _rms_norm_backward(out: Tensor, grad: Tensor, x: Tensor, inverse: Tensor, factor: float) -> None:
+    """out = factor * inverse * (grad - x * inverse² * mean(grad * x))."""
+    mean = (grad * x).sum(-1, keepdim=True).div_(x.shape[1])
+    torch.mul(grad, inverse * factor, out=out)
+    out.addcmul_(x, mean.mul_(inverse.pow(3)), value=-factor)
+
+
+def rms_norm(x_TW: Tensor, dropout_p: float = 0.0, training: bool = False, eps: float = 1e-6) -> Tensor:
+    """RMSNorm without a weight over the last axis, then dropout; [T, W]."""
+    return _RMSNorm.apply(_wide(x_TW), dropout_p if training else 0.0, eps)
+
+
+class _GatedRMSNorm(torch.autograd.Function):
+    """out = gate * x * rsqrt(mean(x²) + eps) (* mask * factor)."""
+
+    @staticmethod
+    def forward(ctx, gate_TW, x_TW, p, eps):
+        ctx.mask, ctx.factor = _mask(x_TW, p)
+        inverse_T1 = _inverse_rms(x_TW, eps)
+        out_TW = torch.empty_like(x_TW)
+        for rows in _row_chunks(x_TW):
+            out = torch.mul(x_TW[rows], inverse_T1[rows] * ctx.factor, out=out_TW[rows]).mul_(gate_TW[rows])
+            if ctx.mask is not None:
+                out.mul_(ctx.mask[rows])
+        ctx.save_for_backward(gate_TW, x_TW, inverse_T1)
+        return out_TW
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_TW):
+        gate_TW, x_TW, inverse_T1 = ctx.saved_tensors
+        grad_gate_TW, grad_x_TW = torch.empty_like(x_TW), torch.empty_like(x_TW)
+        for rows in _row_chunks(x_TW):
+            grad = grad_TW[rows] if ctx.mask is None else ctx.mask[rows].mul_(grad_TW[rows])
+            inverse = inverse_T1[rows]
+            torch.mul(x_TW[rows], inverse * ctx.factor, out=grad_gate_TW[rows]).mul_(grad)
+            _rms_norm_backward(grad_x_TW[rows], grad * gate_TW[rows], x_TW[rows], inverse, ctx.factor)
+        return grad_gate_TW, grad_x_TW, None, None
+
+
+def gated_rms_norm(
+    gate_TW: Tensor, x_TW: Tensor, dropout_p: float = 0.0, training: bool = False, eps: float = 1e-6
+) -> Tensor:
+    """dropout(gate ⊙ RMSNorm(x)), no weight; [T, W]."""
+    return _GatedRMSNorm.apply(_wide(gate_TW), _wide(x_TW), dropout_p if training else 0.0, eps)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TW):
+        ctx.save_for_backward(x_TW)
+        gate_TF, up_TF = x_TW.chunk(2, dim=1)
+        out_TF = torch.empty_like(up_TF, memory_format=torch.contiguous_format)
+        for rows in _row_chunks(x_TW):
+            torch.mul(F.silu(gate_TF[rows]), up_TF[rows], out=out_TF[rows])
+        return out_TF
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_TF):
+        (x_TW,) = ctx.saved_tensors
+        grad_TW = torch.empty_like(x_TW)
+        hidden = grad_TF.shape[1]
+        for rows in _row_chunks(x_TW):
+            gate, up = x_TW[rows].chunk(2, dim=1)
+            sigmoid = torch.sigmoid(gate)
+            silu = gate * sigmoid
+            torch.mul(grad_TF[rows], silu, out=grad_TW[rows, hidden:])
+            slope = sigmoid.addcmul_(silu, 1 - sigmoid)
+            torch.mul(grad_TF[rows], up, out=grad_TW[rows, :hidden]).mul_(slope)
+        return grad_TW
+
+
+def swiglu(x_TW: Tensor) -> Tensor:
+    """SiLU(first half) ⊙ second half of the last axis; [T, 2 F] to [T, F]."""
+    return _SwiGLU.apply(x_TW)
+
+
+class _SiLUSplit(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TW, sizes):
+        ctx.save_for_backward(x_TW)
+        return F.silu(x_TW).split(sizes, dim=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        (x_TW,) = ctx.saved_tensors
+        grad_TW = torch.empty_like(x_TW)
+        for rows in _row_chunks(x_TW):
+            x, out, start = x_TW[rows], grad_TW[rows], 0
+            sigmoid = torch.sigmoid(x)
+            slope = torch.addcmul(sigmoid, x * sigmoid, 1 - sigmoid)
+            for grad in grads:
+                columns = slice(start, start + grad.shape[1])
+                torch.mul(slope[:, columns], grad[rows], out=out[:, columns])
+                start = columns.stop
+        return grad_TW, None
+
+
+def silu_split(x_TW: Tensor, sizes: Sequence[int]) -> Tuple[Tensor, ...]:
+    """SiLU(x), cut along the last axis."""
+    return _SiLUSplit.apply(x_TW, sizes)
+
+
+def layer_norm(x: Tensor, eps: float) -> Tensor:
+    """LayerNorm without weight and bias over the last axis."""
+    x = _wide(x)
+    return F.layer_norm(x, x.shape[-1:], eps=eps)
