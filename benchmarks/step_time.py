@@ -1,0 +1,127 @@
+"""One training step of this project against the same step as research code spells it, in turns in one process.
+
+    python -m benchmarks.step_time [SHAPE …] [--steps 5] [--seed 0]
+
+Both train on the same users with the same hyperparameters. Ours is the product's own: `Trainer`'s step with its batch
+made in line (splitting, collation, negative sampling), TorchRec's table under DistributedModelParallel, tower, loss,
+backward and AdamW. Prints one JSON line a shape: median and quickest seconds of each, their ratio, the losses of the
+first and the last step (they agree up to the random draws), and the machine's matrix-product rate in the same minute.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Callable, Dict, List
+
+import numpy as np
+import torch
+
+from benchmarks.research_step import LONGEST, SHAPES, PaddedUsers, ResearchStep, Shape, draw_users
+from fuxi_torchrec.config import Config, DataConfig, ModelConfig, TrainerConfig
+from fuxi_torchrec.dataset import RowGroup, UserRows
+from fuxi_torchrec.loader import Position
+from fuxi_torchrec.run_folder import RunFolder
+from fuxi_torchrec.sharding import start_world
+from fuxi_torchrec.training import Trainer
+
+
+class MemoryDataset:
+    """A SequenceDataset that holds exactly the padded users, each with one more event: the one that is tested on."""
+
+    def __init__(self, shape: Shape, users: PaddedUsers):
+        events_B = (users.lengths_B + 2).numpy()
+        keep_BN = np.arange(users.ids_BN.shape[1])[None] < events_B[:, None]
+        self.rows = UserRows(
+            user_ids_U=np.arange(shape.users),
+            offsets_U1=np.concatenate([[0], events_B.cumsum()]),
+            item_ids_E=users.ids_BN.numpy()[keep_BN] - 1,
+            timestamps_E=users.timestamps_BN.numpy()[keep_BN],
+        )
+        self.identity = SimpleNamespace(num_items=shape.items, num_users=shape.users, time_unit=1.0)
+        self.row_groups = [RowGroup("memory", 0, shape.users)]
+
+    def read(self, group: RowGroup) -> UserRows:
+        return self.rows
+
+
+class OwnStep:
+    """`step()` trains on the users once, an epoch of one batch, and returns the loss. Close the stack after use."""
+
+    def __init__(self, shape: Shape, users: PaddedUsers, seed: int, stack: ExitStack):
+        config = Config(
+            data=DataConfig(max_sequence_length=LONGEST, batch_size=shape.users),
+            model=ModelConfig(
+                encoder="fuxi_beta",
+                embedding_dim=shape.embedding_dim,
+                num_blocks=shape.blocks,
+                num_heads=shape.heads,
+                value_dim=shape.value_dim,
+                ffn_multiply=shape.ffn_multiply,
+            ),
+            trainer=TrainerConfig(device="cpu", seed=seed),
+        )
+        run = RunFolder(stack.enter_context(tempfile.TemporaryDirectory()))
+        world = stack.enter_context(start_world("cpu"))
+        self.trainer = Trainer(config, MemoryDataset(shape, users), run, world)
+        stack.callback(self.trainer.progression.close)
+        self.position = Position()
+
+    def step(self) -> float:
+        (batch,) = self.trainer.stream.epoch(self.position)
+        loss, _, _ = self.trainer._step(batch, stop=False)
+        self.position = replace(self.position, epoch=self.position.epoch + 1, step=batch.position.step)
+        return loss
+
+
+def compare(shape: Shape, steps: int, seed: int) -> Dict[str, object]:
+    users = draw_users(shape, seed)
+    with ExitStack() as stack:
+        contenders = {"research": ResearchStep(shape, users, seed), "ours": OwnStep(shape, users, seed, stack)}
+        seconds: Dict[str, List[float]] = {name: [] for name in contenders}
+        losses: Dict[str, List[float]] = {name: [] for name in contenders}
+        for turn in range(steps + 1):
+            for name, contender in contenders.items():
+                taken = clock(lambda: losses[name].append(contender.step()))  # noqa: B023 (called at once)
+                if turn:  # the first one warms up
+                    seconds[name].append(taken)
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    m = torch.randn(2048, 2048)
+    rate = 2 * 2048**3 / statistics.median(clock(lambda: m @ m) for _ in range(5)) / 1e9
+    return {
+        "tokens": users.tokens,
+        "steps": steps,
+        **{f"{name}_seconds": round(median[name], 4) for name in contenders},
+        **{f"{name}_quickest": round(min(seconds[name]), 4) for name in contenders},
+        "ratio": round(median["research"] / median["ours"], 2),
+        "ours_tokens_per_second": round(users.tokens / median["ours"]),
+        **{f"{name}_losses": [round(losses[name][0], 4), round(losses[name][-1], 4)] for name in contenders},
+        "threads": torch.get_num_threads(),
+        "matmul_gflops": round(rate, 1),
+    }
+
+
+def clock(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shapes", nargs="*", metavar="SHAPE", help=f"of {', '.join(SHAPES)}; all by default")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    if unknown := set(options.shapes) - set(SHAPES):
+        parser.error(f"unknown shape {', '.join(unknown)}; there are {', '.join(SHAPES)}")
+    for name in options.shapes or SHAPES:
+        print(json.dumps({"shape": name, **compare(SHAPES[name], options.steps, options.seed)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
