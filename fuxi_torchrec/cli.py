@@ -56,9 +56,14 @@ def _overview() -> str:
 
 
 def _prepare(arguments: List[str]) -> int:
-    from data_pipelines.cli import main as prepare
+    from data_pipelines.cli import add_subcommands, run
+    from fuxi_torchrec.config_io import OneLineParser
 
-    return prepare(arguments)
+    parser = OneLineParser(prog="fuxi-torchrec prepare", description="Raw data to a data set folder.")
+    add_subcommands(parser)
+    options = parser.parse_args(arguments)
+    run(options.kind, options[options.kind])
+    return 0
 
 
 def _train(arguments: List[str]) -> int:

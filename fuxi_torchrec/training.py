@@ -143,7 +143,7 @@ class Trainer:
             return None
         loss = total / positions
         if not math.isfinite(loss):
-            raise self._diverged(batch, float(loss_sum), position.step)
+            raise self._diverged(batch, float(loss_sum.detach()), position.step)
         # DDP averages over ranks; the loss is the mean over the positions of the global batch.
         (loss_sum * (self.world.size / positions)).backward()
         if self.config.optimizer.clip_grad_norm is not None:

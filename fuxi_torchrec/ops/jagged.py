@@ -10,9 +10,9 @@ from typing import List, Optional, Sequence
 import torch
 from torch import Tensor
 
-SHORTEST_TO_LONGEST = 0.8
+SHORTEST_TO_LONGEST = 0.7
 """Users share a length group while the shortest has at least this part of the longest's tokens."""
-SLOTS_PER_GROUP = 4096
+SLOTS_PER_GROUP = 2048
 """Padded slots that one group may hold (one user always fits); keeps a group's work in the cache."""
 
 

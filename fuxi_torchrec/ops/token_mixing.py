@@ -19,7 +19,7 @@ from fuxi_torchrec.ops.time_maps import TIME_MAPS, TimeGaps, gap_feature
 Channel = Tuple[str, Sequence[Tensor]]
 Implementation = Literal["auto", "reference", "blocked"]
 
-STRIP_ROWS = 64
+STRIP_ROWS = 100
 """Rows of the maps that exist at a time, per user; columns right of a strip are skipped (causality)."""
 
 

@@ -1,0 +1,32 @@
+"""Small prepared data sets, made once a session."""
+
+import os
+
+import numpy as np
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+
+def write_events(path, users, seed=0, items=60):
+    """An event log as CSV: `users` users of 1 … 40 events, source ids with gaps, times with ties."""
+    random = np.random.default_rng(seed)
+    with open(path, "w") as file:
+        file.write("user,item,time\n")
+        for user in range(users):
+            count = 1 if user == 3 else int(random.integers(2, 41))
+            times = 1_000_000_000 + np.cumsum(random.integers(0, 3, count) * random.integers(1, 100_000, count))
+            for item, time in zip(random.integers(0, items, count), times):
+                file.write(f"{user * 7 + 1},{item * 3 + 5},{time}\n")
+
+
+@pytest.fixture(scope="session")
+def small_dataset(tmp_path_factory):
+    """Folder of a prepared data set of 150 users and up to 60 items; user 22 has a single event."""
+    from data_pipelines.events import prepare_events
+
+    folder = tmp_path_factory.mktemp("data")
+    write_events(folder / "log.csv", 150)
+    output = str(folder / "small")
+    prepare_events([str(folder / "log.csv")], "user", "item", "time", output)
+    return output

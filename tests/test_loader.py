@@ -1,0 +1,123 @@
+"""The loader: every training event once an epoch, any number of ranks, exact resume, nothing else in memory."""
+
+import itertools
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from fuxi_torchrec.batch import EVENTS, NEGATIVES
+from fuxi_torchrec.config import DataConfig, LossConfig
+from fuxi_torchrec.dataset import SequenceDataset, windows
+from fuxi_torchrec.loader import Position, TrainingStream, evaluation_batches, prefetch
+from fuxi_torchrec.negatives import NegativeSampler
+
+
+def stream(folder, rank=0, world_size=1, negatives="per_token", **config):
+    dataset = SequenceDataset(folder)
+    config = DataConfig(**{"batch_size": 8, "shuffle_buffer": 30, **config})
+    loss = LossConfig(negatives=negatives, num_negatives=5)
+    sampler = NegativeSampler(loss, dataset.identity.num_items, seed=3, rank=rank)
+    return TrainingStream(dataset, config, sampler, 3, rank, world_size)
+
+
+def contents(batch):
+    tensors = (batch.ids.values(), batch.ids.lengths(), batch.timestamps_E, batch.negative_index_TK)
+    return [tensor.tolist() for tensor in tensors] + [batch.user_ids_B.tolist()]
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 50])
+def test_every_trainable_user_is_seen_once_an_epoch_at_any_world_size(small_dataset, world_size):
+    dataset = SequenceDataset(small_dataset)
+    expected = Counter()
+    for group in dataset.row_groups:
+        expected.update(windows(dataset.read(group), DataConfig(), "train").user_ids_U.tolist())
+    seen = Counter()
+    for rank in range(world_size):
+        for batch in stream(small_dataset, rank, world_size).epoch(Position()):
+            seen.update(batch.user_ids_B.tolist())
+    assert seen == expected and set(seen.values()) == {1}
+
+
+def test_epochs_differ_and_repeat_exactly(small_dataset):
+    first = [contents(batch) for batch in stream(small_dataset).epoch(Position())]
+    again = [contents(batch) for batch in stream(small_dataset).epoch(Position())]
+    second = [contents(batch) for batch in stream(small_dataset).epoch(Position(epoch=1))]
+    assert first == again
+    assert first != second
+
+
+def test_a_position_resumes_the_stream_exactly(small_dataset):
+    whole = list(stream(small_dataset).epoch(Position()))
+    for index in (0, 1, len(whole) // 2, len(whole) - 2):
+        rest = stream(small_dataset).epoch(whole[index].position)
+        assert [contents(b) for b in rest] == [contents(b) for b in whole[index + 1 :]]
+
+
+def test_a_batch_holds_inputs_and_targets_one_behind(small_dataset):
+    batch = next(stream(small_dataset).epoch(Position()))
+    events = batch.ids[EVENTS]
+    assert events.values().dtype == torch.int64 and batch.timestamps_E.dtype == torch.int64
+    inputs = [n - 1 for n in events.lengths().tolist()]
+    assert batch.host_lengths == inputs == batch.offsets_B1.diff().tolist()
+    starts = np.cumsum([0, *events.lengths().tolist()])[:-1]
+    expected = list(itertools.chain.from_iterable(range(s, s + n) for s, n in zip(starts, inputs)))
+    assert batch.input_index_T.tolist() == expected
+    # Drawn ids come back from the unique ones; the index of the positive points at the positive.
+    unique = batch.ids[NEGATIVES].values()
+    assert unique.unique().numel() == unique.numel()
+    assert batch.negative_index_TK.shape == (batch.num_positions, 5)
+    positives = events.values()[batch.input_index_T + 1]
+    has = batch.positive_index_T >= 0
+    assert torch.equal(unique[batch.positive_index_T[has]], positives[has])
+    assert not torch.isin(positives[~has], unique).any()
+
+
+def test_a_token_budget_bounds_batches_and_loses_nobody(small_dataset):
+    batches = list(stream(small_dataset, batch_size=1000, tokens_per_batch=60).epoch(Position()))
+    assert all(b.num_positions <= 60 or len(b.user_ids_B) == 1 for b in batches)
+    whole = list(stream(small_dataset).epoch(Position()))
+    users = lambda some: Counter(itertools.chain.from_iterable(b.user_ids_B.tolist() for b in some))  # noqa: E731
+    assert users(batches) == users(whole)
+
+
+def test_a_rank_without_data_makes_an_empty_batch(small_dataset):
+    batch = stream(small_dataset).empty_batch(Position(step=7))
+    assert batch.num_positions == 0 and batch.ids[EVENTS].values().numel() == 0
+    assert batch.position.step == 8 and batch.has_negatives
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_evaluation_drops_nobody(small_dataset, world_size):
+    dataset = SequenceDataset(small_dataset)
+    seen = Counter()
+    for rank in range(world_size):
+        for batch in evaluation_batches(dataset, DataConfig(), "test", 7, rank, world_size):
+            assert not batch.has_negatives
+            seen.update(batch.user_ids_B.tolist())
+    assert set(seen.values()) == {1}
+    assert len(seen) == dataset.identity.num_users - dataset.identity.report["single_event_users"]
+
+
+def test_shared_pool_is_one_draw_for_the_step(small_dataset):
+    batch = next(stream(small_dataset, negatives="shared").epoch(Position()))
+    assert batch.ids[NEGATIVES].values().numel() == 5
+    assert batch.negative_index_TK is None and batch.has_negatives
+
+
+def test_both_ways_to_find_unique_ids_agree(small_dataset, monkeypatch):
+    marked = contents(next(stream(small_dataset).epoch(Position())))
+    monkeypatch.setattr("fuxi_torchrec.negatives.MARK_LIMIT", 1)
+    assert contents(next(stream(small_dataset).epoch(Position()))) == marked
+
+
+def test_prefetch_passes_items_and_errors_on():
+    def items():
+        yield from range(5)
+        raise ValueError("here")
+
+    fetched = prefetch(items(), 2)
+    assert list(itertools.islice(fetched, 5)) == [0, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match="here"):
+        next(fetched)

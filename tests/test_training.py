@@ -1,0 +1,178 @@
+"""Training: resume goes on exactly, the best model is kept, a diverged loss and a signal stop it cleanly."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+
+from fuxi_torchrec.config import Config, check
+from fuxi_torchrec.config_io import load_config
+from fuxi_torchrec.dataset import SequenceDataset
+from fuxi_torchrec.errors import UserError
+from fuxi_torchrec.evaluation import evaluate
+from fuxi_torchrec.run_folder import RunFolder
+from fuxi_torchrec.saved import open_model
+from fuxi_torchrec.sharding import start_world
+from fuxi_torchrec.training import Interrupted, Trainer, learning_rate
+
+
+def tiny(folder, **trainer):
+    config = Config()
+    config.data.path = folder
+    config.data.batch_size = 16
+    config.data.max_sequence_length = 20
+    config.model.embedding_dim = config.model.value_dim = config.model.qk_dim = 8
+    config.loss.num_negatives = 10
+    config.trainer.log_every_steps = 1
+    for key, value in {"max_epochs": 3, "device": "cpu", **trainer}.items():
+        setattr(config.trainer, key, value)
+    check(config)
+    return config
+
+
+def train(config, output, resume=False, before=None):
+    dataset = SequenceDataset(config.data.path)
+    with start_world("cpu") as world:
+        run = RunFolder.create(str(output), config, dataset.identity, resume)
+        trainer = Trainer(config, dataset, run, world, resume)
+        if before:
+            before(trainer)
+        return trainer.fit()
+
+
+def losses(output):
+    return [(line["step"], line["loss"]) for line in RunFolder(str(output)).metrics() if "loss" in line]
+
+
+def stop_after(steps):
+    """Sends this process a SIGTERM once `steps` steps are done."""
+
+    def arrange(trainer):
+        step = trainer._step
+
+        def counted(batch, stop):
+            done = step(batch, stop)
+            if trainer.position.step == steps:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return done
+
+        trainer._step = counted
+
+    return arrange
+
+
+@pytest.mark.parametrize("encoder", ["fuxi_beta", "fuxi_alpha", "hstu", "sasrec"])
+def test_every_encoder_trains_from_a_config_and_repeats_exactly(small_dataset, tmp_path, encoder):
+    config = tiny(small_dataset, max_epochs=1)
+    config.model.encoder = encoder
+    first = train(config, tmp_path / "a")
+    second = train(config, tmp_path / "b")
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert first == second
+
+
+@pytest.mark.parametrize("stop", [4, 11, 20])
+def test_a_stopped_run_resumes_with_the_same_losses_to_the_bit(small_dataset, tmp_path, stop):
+    config = tiny(small_dataset)
+    whole = train(config, tmp_path / "whole")
+    with pytest.raises(Interrupted) as stopped:
+        train(config, tmp_path / "cut", before=stop_after(stop))
+    assert stopped.value.code == 128 + signal.SIGTERM
+    resumed = train(config, tmp_path / "cut", resume=True)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert resumed == whole
+
+
+def test_evaluation_of_the_saved_model_gives_the_numbers_of_training(small_dataset, tmp_path):
+    config = tiny(small_dataset)
+    config.data.split = "leave_two_out"
+    results = train(config, tmp_path / "run")
+    run = RunFolder.open(str(tmp_path / "run"))
+    lines = [line for line in run.metrics() if line.get("checkpoint") == "best"]
+    assert {line["split"] for line in lines} == {"validation", "test"}
+    for line in lines:
+        with open_model(run, run.config(), "best") as saved:
+            again = evaluate(saved.model, saved.dataset, saved.config, line["split"], saved.world)
+        assert again == results[line["split"]] == {name: line[name] for name in again}
+    watched = [line["ndcg@10"] for line in run.metrics() if line.get("split") == "validation"]
+    assert results["validation"]["ndcg@10"] == max(watched)  # the best, not the last
+
+
+def test_early_stopping_waits_for_its_patience(small_dataset, tmp_path):
+    config = tiny(small_dataset, max_epochs=50, patience=2)
+    config.optimizer.learning_rate = 1e-12  # nothing gets better after the first evaluation
+    train(config, tmp_path / "run")
+    epochs = [line["epoch"] for line in RunFolder(str(tmp_path / "run")).metrics() if "split" in line]
+    assert max(epochs) == 3
+
+
+def test_a_diverged_loss_stops_before_the_update_and_names_step_and_users(small_dataset, tmp_path):
+    def poison(trainer):
+        with torch.no_grad():
+            next(trainer.model.parameters()).fill_(float("nan"))
+
+    with pytest.raises(UserError, match=r"step 1: the loss is not finite.*users of its batch: \d+"):
+        train(tiny(small_dataset), tmp_path / "run", before=poison)
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_the_key_that_differs(small_dataset, tmp_path):
+    config = tiny(small_dataset, max_epochs=1)
+    train(config, tmp_path / "run")
+    config.model.num_blocks = 3
+    with pytest.raises(UserError, match="checkpoint of another model; model.num_blocks is 2 there and 3 here"):
+        train(config, tmp_path / "run", resume=True)
+
+
+def test_a_damaged_checkpoint_is_an_error_that_names_it(small_dataset, tmp_path):
+    train(tiny(small_dataset, max_epochs=1), tmp_path / "run")
+    run = RunFolder.open(str(tmp_path / "run"))
+    name = json.load(open(os.path.join(run.checkpoints, "index.json")))["best"]
+    shard = next(f for f in os.listdir(os.path.join(run.checkpoints, name)) if f.endswith(".distcp"))
+    with open(os.path.join(run.checkpoints, name, shard), "r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(UserError, match=f"{name}: damaged checkpoint"):
+        with open_model(run, run.config(), "best"):
+            pass
+
+
+def test_another_data_set_is_refused(small_dataset, tmp_path):
+    from data_pipelines.events import prepare_events
+
+    train(tiny(small_dataset, max_epochs=1), tmp_path / "run")
+    log = tmp_path / "log.csv"
+    log.write_text("user,item,time\n1,2,3\n1,3,4\n1,4,5\n")
+    prepare_events([str(log)], "user", "item", "time", str(tmp_path / "other"))
+    run = RunFolder.open(str(tmp_path / "run"))
+    with pytest.raises(UserError, match="not the data set"):
+        with open_model(run, run.config(["--data.path", str(tmp_path / "other")]), "best"):
+            pass
+
+
+def test_only_best_and_last_are_kept_and_nothing_half_written(small_dataset, tmp_path):
+    train(tiny(small_dataset), tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints"
+    index = json.loads((folder / "index.json").read_text())
+    assert {p.name for p in folder.iterdir()} == {"index.json", index["best"], index["last"]}
+
+
+def test_learning_rate_warms_up_and_follows_the_cosine():
+    config = Config().optimizer
+    config.learning_rate, config.warmup_steps, config.schedule, config.min_learning_rate = 1.0, 4, "cosine", 0.2
+    assert [learning_rate(config, step, 0) for step in (1, 2, 4)] == [0.25, 0.5, 1.0]
+    assert learning_rate(config, 5, 0.5) == pytest.approx(0.6)
+    assert learning_rate(config, 5, 1.0) == pytest.approx(0.2)
+
+
+def test_a_run_folder_holds_what_it_promises(small_dataset, tmp_path):
+    config = tiny(small_dataset, max_epochs=1)
+    train(config, tmp_path / "run")
+    assert load_config(str(tmp_path / "run" / "config.yaml")) == config
+    assert (tmp_path / "run" / "dataset.json").exists()
+    assert any(name.name.startswith("events.out") for name in (tmp_path / "run" / "tensorboard").iterdir())
+    lines = RunFolder(str(tmp_path / "run")).metrics()
+    assert {"step", "epoch", "loss", "tokens_per_second", "learning_rate"} <= set(lines[0])
+    assert {"split", "ndcg@10", "hr@1000", "mrr", "cross_entropy"} <= set(lines[-1])
+    with pytest.raises(UserError, match="a run is already here"):
+        train(config, tmp_path / "run")
