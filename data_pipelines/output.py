@@ -1,12 +1,13 @@
 """The folder a data set is written into: complete or absent, whatever goes wrong on the way."""
 
+import contextlib
 import errno
 import os
 import shutil
 import tempfile
-from typing import BinaryIO, List, Optional
+from typing import BinaryIO, Iterator, List, Optional
 
-from fuxi_torchrec.data_format import IDENTITY_FILE
+from fuxi_torchrec.data_format import IDENTITY_FILE, TRAIN_FOLDER
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.paths import join, path_manager
 
@@ -33,8 +34,11 @@ class OutputFolder:
         self._committed = False
 
     def __enter__(self) -> "OutputFolder":
-        self._refuse_existing()
-        if not self.is_local:
+        if self.is_local:
+            self._refuse_existing()
+        else:
+            with self._reaching():
+                self._refuse_existing()
             self.folder = self.output
             self.work = tempfile.mkdtemp(prefix="fuxi-prepare-")
             return self
@@ -57,8 +61,10 @@ class OutputFolder:
         path = join(self.folder, name)
         if self.is_local:
             os.makedirs(os.path.dirname(path), exist_ok=True)
+            return path_manager().open(path, "wb")
         self._written.append(path)
-        return path_manager().open(path, "wb")
+        with self._reaching():
+            return path_manager().open(path, "wb")
 
     def commit(self) -> None:
         """Puts the complete data set in place. Call it after `dataset.json` was written and closed."""
@@ -74,6 +80,17 @@ class OutputFolder:
             reraise_full_disk(error, self.output)
         return False
 
+    @contextlib.contextmanager
+    def _reaching(self) -> Iterator[None]:
+        """At an address, iopath's handlers raise whatever their clients do, and assertions for what they cannot do."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            reason = str(error) or type(error).__name__
+            raise UserError(f"{self.output}: cannot be written ({reason}); choose another --output") from None
+
     def _refuse_existing(self) -> None:
         manager = path_manager()
         is_data_set = manager.isfile(join(self.output, IDENTITY_FILE))
@@ -85,8 +102,17 @@ class OutputFolder:
                 raise UserError(f"{self.output}: exists and is not a data set, so it stays; choose another --output")
         if is_data_set and not self.overwrite:
             raise UserError(f"{self.output}: a data set is there already; pass --overwrite or choose another --output")
-        if is_data_set and not self.is_local:
-            manager.rm(join(self.output, IDENTITY_FILE))  # from here on it is not a complete data set
+        if not self.is_local:
+            self._clear_address(is_data_set)
+
+    def _clear_address(self, is_data_set: bool) -> None:
+        """Removes what stands at an address: first the mark of completeness, then parts the new data set may lack."""
+        manager = path_manager()
+        if is_data_set:
+            manager.rm(join(self.output, IDENTITY_FILE))
+        train = join(self.output, TRAIN_FOLDER)
+        for name in manager.ls(train) if manager.isdir(train) else []:
+            manager.rm(join(train, os.path.basename(name)))
 
     def _rename(self) -> None:
         old = f"{self.output}.old-{os.getpid()}"
