@@ -9,8 +9,8 @@ from fuxi_torchrec.ops.time_maps import TimeGaps, gap_feature
 from fuxi_torchrec.ops.token_mixing import mix_tokens
 
 PARAMETERS = {"pow": 2, "exp": 2, "log": 3, "linear": 2, "sin": 4, "mixed": 13, "zero": 0}
-JAGGED = [0, 1, 5, 7, 130, 64, 65, 0, 200, 199, 1]
-LENGTHS = [JAGGED, [1], [37] * 4, [301, 2], [0, 3, 0]]
+JAGGED = [0, 1, 5, 7, 101, 100, 0, 140, 139, 1]
+LENGTHS = [JAGGED, [1], [37] * 4, [201, 2], [0, 3, 0]]
 CHANNELS = [
     ("positional", "pow"),
     ("pow",),

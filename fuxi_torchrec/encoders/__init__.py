@@ -38,6 +38,9 @@ def build_encoder(config: ModelConfig, *, padded_length: int, time_unit: float =
     for key in _AT_LEAST_ONE:
         if getattr(config, key) < 1:
             raise UserError(f"model.{key}: {getattr(config, key)} must be at least 1")
+    for key in ("input_dropout", "dropout", "attention_dropout"):
+        if not 0 <= getattr(config, key) < 1:
+            raise UserError(f"model.{key}: {getattr(config, key)} must be at least 0 and below 1")
     if int(config.embedding_dim * config.ffn_multiply) < 1:
         raise UserError(f"model.ffn_multiply: {config.ffn_multiply} leaves no feed-forward layer")
     if padded_length < 1 or time_unit <= 0:

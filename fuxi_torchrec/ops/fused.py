@@ -37,6 +37,7 @@ class DropoutMask:
 
     def __init__(self, like: Tensor, p: float) -> None:
         assert 0 < p < 1
+        self.dtype = like.dtype
         if like.device.type == "cpu":
             count, dropped = like.numel(), round(p * _LEVELS)
             words = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
@@ -48,9 +49,9 @@ class DropoutMask:
             self.smallest_kept, self.factor = 1, 1 / (1 - p)
 
     def __getitem__(self, rows: slice) -> Tensor:
-        """Zeros and ones for some rows, in float."""
+        """Zeros and ones for some rows, in the type of the masked tensor."""
         bits = self.bits[rows]
-        return torch.ge(bits, self.smallest_kept, out=torch.empty(bits.shape, device=bits.device))
+        return torch.ge(bits, self.smallest_kept, out=torch.empty_like(bits, dtype=self.dtype))
 
 
 def _mask(like: Tensor, p: float) -> Tuple[Optional[DropoutMask], float]:
