@@ -81,7 +81,7 @@ def _run_synthetic(given: Dict[str, Any]):
 def _movielens(parser) -> None:
     _flag(parser, "--source", type=str, required=True, help="a zip, a folder, or the address of a zip")
     _flag(parser, "--output", type=str, required=True, help="folder of the data set to make")
-    _flag(parser, "--catalogue", type=_choice("rated", "all"), default="rated", help="rated: movies that occur; all: listed ones too")
+    _flag(parser, "--catalogue", type=_choice("rated", "all"), default="rated", help="all: movies nobody rated too")
     _flag(parser, "--checksum", type=Optional[str], help="md5 or sha256 of the archive, verified first")
     _flag(parser, "--memory-limit", type=str, default="2GB", help="for the sort")
 
@@ -92,10 +92,13 @@ def _events(parser) -> None:
     _flag(parser, "--item-column", type=str, required=True)
     _flag(parser, "--time-column", type=str, required=True, help="integers, or datetimes")
     _flag(parser, "--output", type=str, required=True, help="folder of the data set to make")
-    _flag(parser, "--time-unit", type=str, default="s", help="s, ms, us, ns, or the seconds in a tick; datetimes are converted to it")
-    _flag(parser, "--extra-columns", type=str, nargs="+", default=[], help="kept beside the events: NAME or NAME:int|float|text")
-    _flag(parser, "--user-type", type=_choice("auto", "integer", "text"), default="auto", help="auto: as the first value")
-    _flag(parser, "--item-type", type=_choice("auto", "integer", "text"), default="auto", help="auto: as the first value")
+    unit = "s, ms, us, ns, or the seconds in a tick; datetimes are converted to it"
+    _flag(parser, "--time-unit", type=str, default="s", help=unit)
+    extra = "kept beside the events: NAME or NAME:int, NAME:float, NAME:text"
+    _flag(parser, "--extra-columns", type=str, nargs="+", default=[], help=extra)
+    id_type = _choice("auto", "integer", "text")
+    _flag(parser, "--user-type", type=id_type, default="auto", help="auto: as the first value")
+    _flag(parser, "--item-type", type=id_type, default="auto", help="auto: as the first value")
     _flag(parser, "--item-titles", type=Optional[str], help="CSV or Parquet file of titles")
     _flag(parser, "--titles-item-column", type=Optional[str], help="its item column (default: --item-column)")
     _flag(parser, "--title-column", type=str, default="title", help="its title column")
@@ -110,7 +113,8 @@ def _synthetic(parser) -> None:
     _flag(parser, "--items", type=int, required=True)
     _flag(parser, "--events-per-user", type=int, required=True, help="mean")
     _flag(parser, "--output", type=str, required=True, help="folder of the data set to make, or for ml-1m the zip")
-    _flag(parser, "--format", type=_choice("sequences", "ml-1m"), default="sequences", help="ml-1m: a zip for 'prepare movielens'")
+    formats = _choice("sequences", "ml-1m")
+    _flag(parser, "--format", type=formats, default="sequences", help="ml-1m: a zip for 'prepare movielens'")
     _flag(parser, "--seed", type=int, default=0)
     # The defaults of these stand in generator.Generator, and for ml-1m in movielens_like: once each.
     _flag(parser, "--clusters", type=Optional[int], help="groups of items (default 32; ml-1m: 18 genres)")
@@ -119,7 +123,8 @@ def _synthetic(parser) -> None:
     _flag(parser, "--zipf-exponent", type=Optional[float], help="of the popularity laws (default 1)")
     _flag(parser, "--max-sequence-length", type=Optional[int], help="events that are visible to the next (default 200)")
     _flag(parser, "--unique-items", action="store_true", help="no item twice among the visible events and the next")
-    _flag(parser, "--lengths", type=Optional[_choice("lognormal", "uniform", "fixed")], help="law of the users' lengths (default lognormal; ml-1m: uniform)")
+    lengths = Optional[_choice("lognormal", "uniform", "fixed")]
+    _flag(parser, "--lengths", type=lengths, help="law of the users' lengths (default lognormal; ml-1m: uniform)")
     _flag(parser, "--length-sigma", type=Optional[float], help="spread of lognormal lengths (default 0.6)")
     _flag(parser, "--gap-median", type=Optional[float], help="seconds between events (default 3600)")
     _flag(parser, "--gap-sigma", type=Optional[float], help="their spread: lognormal (default 3.5)")

@@ -99,7 +99,7 @@ def prepare_events(
 ) -> DatasetIdentity:
     """Makes the data set `output` of an event log: one row an event, in any order.
 
-    source: CSV (also .gz, .bz2, .zst, .tsv) and Parquet files, globs of local ones, addresses; their order settles ties.
+    source: CSV (also .tsv, .gz, .bz2, .zst) and Parquet files, globs, addresses; their order settles ties.
     user_column, item_column: int64 or text. time_column: integers in `time_unit`, or datetimes, which are converted to
     it, rounded down. time_unit: "s", "ms", "us", "ns", or seconds per tick.
     extra_columns: kept as aligned list columns, "name" or "name:int", "name:float", "name:text".
@@ -115,20 +115,19 @@ def prepare_events(
     columns = EventColumns(user_column, item_column, time_column, user_type, item_type, _extras(extra_columns))
     columns.resolution = "ns" if seconds < 1e-6 else "us"
     paths = expand(source)
-    titles_path = expand([item_titles])[0] if item_titles is not None else None
+    titles = None
+    if item_titles is not None:
+        keys = [titles_item_column or item_column, title_column]
+        titles = _open_table(expand([item_titles])[0], keys, delimiter, None)
     tables = [_open_table(path, columns.names, delimiter, column_names) for path in paths]
     with OutputFolder(output, overwrite) as folder, EventSorter(folder.work, memory_limit) as sorter:
         _add_events(tables, columns, sorter)
         divisor = _ticks_divisor(columns, seconds, time_unit)
-        listed = None
-        if titles_path is not None:
-            keys = [titles_item_column or item_column, title_column]
-            listed = _read_titles(_open_table(titles_path, keys, delimiter, None), columns.item_type)
+        listed = _read_titles(titles, columns.item_type) if titles is not None else None
         sorter.sort()
         with SequenceWriter(folder, sorter.num_users, sorter.num_items) as writer:
-            report = _write(sorter, writer, divisor, listed)
             return writer.finish(
-                report,
+                _write(sorter, writer, divisor, listed),
                 name=name or os.path.basename(output.rstrip("/")),
                 catalogue="rated",
                 time_unit=seconds,

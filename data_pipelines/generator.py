@@ -62,7 +62,7 @@ class Generator:
             (self.max_sequence_length >= 1, "max-sequence-length", "at least 1"),
             (self.lengths in ("lognormal", "uniform", "fixed"), "lengths", "lognormal, uniform or fixed"),
             (self.length_sigma >= 0, "length-sigma", "0 or more"),
-            (self.gap_median >= 1 and self.gap_sigma >= 0 and self.gap_max >= 1, "gap-median", "gaps at least 1 second"),
+            (self.gap_median >= 1 and self.gap_sigma >= 0 and self.gap_max >= 1, "gap-median", "1 second or more"),
             (self.seed >= 0, "seed", "0 or more"),
         ]
         for holds, flag, wanted in rules:

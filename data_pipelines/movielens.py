@@ -92,7 +92,7 @@ def _detect(archive: Archive) -> Tuple[Layout, str, str]:
             continue
         movies = archive.find(layout.movies_file)
         if movies is None:
-            raise UserError(f"{archive.source}: {layout.ratings_file} is there, {layout.movies_file} is not; fetch it again")
+            raise UserError(f"{archive.source}: {ratings} is there, {layout.movies_file} is not; fetch it again")
         return layout, ratings, movies
     wanted = ", ".join(layout.ratings_file for layout in LAYOUTS)
     raise UserError(

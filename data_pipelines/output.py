@@ -127,7 +127,8 @@ class OutputFolder:
                     os.rename(old, self.output)
                 raise
         except OSError as error:
-            raise UserError(f"{self.output}: cannot be put in place ({error.strerror}); choose another --output") from None
+            reason = error.strerror or error
+            raise UserError(f"{self.output}: cannot be put in place ({reason}); choose another --output") from None
         if replaced:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -141,7 +142,7 @@ class OutputFolder:
         for path in self._written:
             try:
                 path_manager().rm(path)
-            except Exception:  # the address may be gone, which may be what went wrong; the first error is the one to see
+            except Exception:  # the address may be what went wrong; the first error is the one to see
                 pass
 
 

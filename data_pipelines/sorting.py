@@ -42,15 +42,17 @@ class EventSorter:
                 pass
         if hasattr(self, "_connection"):
             self._connection.close()
+        if isinstance(error, RuntimeError) and "Query interrupted" in str(error):
+            raise KeyboardInterrupt from None  # DuckDB's way of passing Ctrl-C on
         if error is not None and kind.__module__.split(".")[0] in ("duckdb", "_duckdb"):
             if kind.__name__ == "OutOfMemoryException" and "max_temp_directory_size" not in str(error):
                 raise UserError(
-                    f"the sort of {self.num_events:,} events needs more than --memory-limit {self.memory_limit}; raise it"
+                    f"--memory-limit {self.memory_limit}: too little to sort {self.num_events:,} events; raise it"
                 ) from None
         return False
 
     def add(self, users: pa.Array, items: pa.Array, times: pa.Array, extras: Dict[str, pa.Array]) -> None:
-        """Adds events in source order. users, items: int64 or string; times int64; the types stay the same throughout."""
+        """Adds events in source order. users, items: int64 or string; times int64; each keeps its type throughout."""
         positions = pa.array(np.arange(self.num_events, self.num_events + len(users)))
         columns = {"user": users, "item": items, "time": times, "position": positions}
         # The extras' own names may be anything, "user" included.
@@ -90,7 +92,8 @@ class EventSorter:
             f"TO {_quoted(self._file('sorted'))} (FORMAT parquet, COMPRESSION lz4)"
         )
         os.remove(self._file("raw"))
-        self.num_users = self._count(f"SELECT count(DISTINCT user_id) FROM read_parquet({_quoted(self._file('sorted'))})")
+        sorted_events = f"read_parquet({_quoted(self._file('sorted'))})"
+        self.num_users = self._count(f"SELECT count(DISTINCT user_id) FROM {sorted_events}")
 
     def source_items(self) -> pa.Array:
         """Source ids of the items, in the order of their dense ids, int64 or string [V]."""

@@ -75,7 +75,7 @@ def to_ticks(array: pa.Array, resolution: str, datetimes: bool) -> pa.Int64Array
     try:
         finer = pc.cast(array, pa.timestamp(resolution, array.type.tz), safe=array.type.unit != "ns")
     except pa.ArrowInvalid as error:
-        raise BadValue(None, f"holds a datetime that {resolution} cannot hold ({error}); mend or remove the row") from None
+        raise BadValue(None, f"holds a datetime beyond what int64 {resolution} can hold ({error})") from None
     ticks = finer.cast(pa.int64())
     if len(ticks) and pc.min(ticks).as_py() < 0:
         row = pc.index(pc.less(ticks, 0), True).as_py()

@@ -31,7 +31,7 @@ def layout_files(layout: str, ratings=None, movies: Optional[Dict[int, str]] = N
     if layout == "ml-1m":
         lines = ["::".join(map(str, row)) for row in ratings]
         items = [f"{i}::{t}::Drama|Comedy" for i, t in movies.items()]
-        return {"ratings.dat": _text(lines), "movies.dat": _text(items, "latin-1"), "users.dat": b"1::F::1::10::48067\n"}
+        return {"ratings.dat": _text(lines), "movies.dat": _text(items, "latin-1"), "users.dat": b"1::F::1::10::48\n"}
     lines = ["userId,movieId,rating,timestamp"] + [",".join(map(str, row)) for row in ratings]
     items = ["movieId,title,genres"] + [f'{i},"{t}",Drama|Comedy' for i, t in movies.items()]
     return {"ratings.csv": _text(lines), "movies.csv": _text(items)}

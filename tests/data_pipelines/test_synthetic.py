@@ -57,8 +57,8 @@ CASES = {
     "short memory": dict(items=37, events_per_user=12, max_sequence_length=5, decay=0.6),
     "unique": dict(items=37, events_per_user=12, max_sequence_length=9, unique_items=True, zipf_exponent=0.8),
     "unique, next to nothing left": dict(
-        items=21, events_per_user=40, max_sequence_length=20, unique_items=True, epsilon=0.02, lengths="fixed", clusters=5
-    ),
+        items=21, events_per_user=40, max_sequence_length=20, unique_items=True, epsilon=0.02, lengths="fixed"
+    ),  # fmt: skip
 }
 
 

@@ -1,4 +1,4 @@
-"""What lands on disk: the schema of data_format, row groups for every rank, complete or absent, same input same bytes."""
+"""What lands on disk: data_format's schema, row groups for every rank, complete or absent, same input same bytes."""
 
 import errno
 import os
@@ -43,7 +43,8 @@ def write(output, sequences, users, pieces=1, **options):
 def test_the_schema_is_that_of_data_format(tmp_path):
     identity = write(tmp_path / "out", random_sequences(40), 40)
     schema = pq.read_schema(tmp_path / "out" / "train" / "part-00000.parquet")
-    assert [(f.name, f.type, f.nullable) for f in list(schema)[:3]] == [(f.name, f.type, f.nullable) for f in SEQUENCE_FIELDS]
+    for found, wanted in zip(schema, SEQUENCE_FIELDS):
+        assert (found.name, found.type, found.nullable) == (wanted.name, wanted.type, wanted.nullable)
     assert schema.field("marks").type == pa.list_(pa.string())
     items = pq.read_schema(tmp_path / "out" / "items.parquet")
     assert tuple(items.names) == ITEM_COLUMNS
@@ -135,11 +136,11 @@ def test_ctrl_c_leaves_nothing(tmp_path, monkeypatch, command, stage):
     assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("target", ["pyarrow.parquet.ParquetWriter.write_batch", "pyarrow.parquet.ParquetWriter.write_table"])
-def test_a_disk_that_fills_in_the_middle_of_a_file_leaves_nothing(tmp_path, monkeypatch, target):
+@pytest.mark.parametrize("method", ["write_batch", "write_table"])
+def test_a_disk_that_fills_in_the_middle_of_a_file_leaves_nothing(tmp_path, monkeypatch, method):
     prepare = commands(tmp_path)["events"]
     before = tree(tmp_path)
-    monkeypatch.setattr(target, raiser(OSError(errno.ENOSPC, "No space left on device")))
+    monkeypatch.setattr(pq.ParquetWriter, method, raiser(OSError(errno.ENOSPC, "No space left on device")))
     with pytest.raises(UserError, match="disk is full"):
         prepare()
     assert tree(tmp_path) == before
