@@ -5,11 +5,14 @@
 Both train on the same users with the same hyperparameters. Ours is the product's own: `Trainer`'s step with its batch
 made in line (splitting, collation, negative sampling), TorchRec's table under DistributedModelParallel, tower, loss,
 backward and AdamW. Prints one JSON line a shape: median and quickest seconds of each, their ratio, the losses of the
-first and the last step (they agree up to the random draws), and the machine's matrix-product rate in the same minute.
+first and the last step (they agree up to the random draws), and the machine's matrix-product rate and load in the same
+minute. Compare on an otherwise idle machine: threads whose core something else uses wait for each other, which can cost
+a step ten times its own work.
 """
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -79,7 +82,7 @@ class OwnStep:
 
 
 def compare(shape: Shape, steps: int, seed: int) -> Dict[str, object]:
-    users = draw_users(shape, seed)
+    users, load = draw_users(shape, seed), os.getloadavg()[0]
     with ExitStack() as stack:
         contenders = {"research": ResearchStep(shape, users, seed), "ours": OwnStep(shape, users, seed, stack)}
         seconds: Dict[str, List[float]] = {name: [] for name in contenders}
@@ -98,10 +101,12 @@ def compare(shape: Shape, steps: int, seed: int) -> Dict[str, object]:
         **{f"{name}_seconds": round(median[name], 4) for name in contenders},
         **{f"{name}_quickest": round(min(seconds[name]), 4) for name in contenders},
         "ratio": round(median["research"] / median["ours"], 2),
+        "ratio_of_quickest": round(min(seconds["research"]) / min(seconds["ours"]), 2),
         "ours_tokens_per_second": round(users.tokens / median["ours"]),
         **{f"{name}_losses": [round(losses[name][0], 4), round(losses[name][-1], 4)] for name in contenders},
         "threads": torch.get_num_threads(),
         "matmul_gflops": round(rate, 1),
+        "load_before": round(load, 2),
     }
 
 
