@@ -20,19 +20,31 @@ EPS = 1e-8
 
 
 def causal_softmax_attention(
-    query_THd: Tensor, key_THd: Tensor, value_THd: Tensor, layout: JaggedLayout, dropout: float = 0.0
+    query_THd: Tensor, key_THd: Tensor, value_THd: Tensor, layout: JaggedLayout, dropout_p: float = 0.0
 ) -> Tensor:
-    """softmax(q kᵀ / √d) v over j <= i of the same user, [T, H, d]; dropout on the weights. One length group at a
-    time; rows past a user's end are computed and dropped."""
+    """softmax(q kᵀ / √d) v over j <= i of the same user, [T, H, d]; dropout on the weights where dropout_p > 0. One
+    length group at a time; rows past a user's end are computed and dropped."""
     qkv_P = [to_slots(x, layout) for x in (query_THd, key_THd, value_THd)]
     outputs = [value_THd.new_zeros(0, *value_THd.shape[1:])]
     for group in layout.groups:
         q, k, v = (
             x[group.start : group.stop].unflatten(0, (group.length, group.users)).permute(1, 2, 0, 3) for x in qkv_P
         )
-        y_GHnd = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        if dropout_p == 0:
+            y_GHnd = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            y_GHnd = _attention_with_dropout(q, k, v, dropout_p)
         outputs.append(y_GHnd.permute(2, 0, 1, 3).flatten(0, 1))
     return from_slots(torch.cat(outputs), layout)
+
+
+def _attention_with_dropout(q_GHnd: Tensor, k_GHnd: Tensor, v_GHnd: Tensor, dropout_p: float) -> Tensor:
+    """PyTorch has no fused kernel for this on a CPU, and its dropout draws slowly there."""
+    n, d = q_GHnd.shape[-2:]
+    future_nn = torch.ones(n, n, dtype=torch.bool, device=q_GHnd.device).triu(1)
+    scores_GHnn = (q_GHnd * d**-0.5) @ k_GHnd.mT
+    weights_GHnn = torch.softmax(scores_GHnn.masked_fill(future_nn, float("-inf")), -1)
+    return dropout(weights_GHnn, dropout_p, training=True).to(v_GHnd.dtype) @ v_GHnd
 
 
 class SASRecBlock(nn.Module):
@@ -76,8 +88,8 @@ class SASRecBlock(nn.Module):
         key_value = F.linear(x_TD, self.attention_in_weight[D:], self.attention_in_bias[D:])
         key, value = key_value.chunk(2, dim=1)
         q, k, v = (x.unflatten(1, heads) for x in (query, key, value))
-        dropout = self.attention_dropout if self.training else 0.0
-        y_TD = causal_softmax_attention(q, k, v, layout, dropout).flatten(1)
+        dropout_p = self.attention_dropout if self.training else 0.0
+        y_TD = causal_softmax_attention(q, k, v, layout, dropout_p).flatten(1)
         return F.linear(y_TD, self.attention_out_weight, self.attention_out_bias)
 
 

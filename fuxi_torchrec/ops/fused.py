@@ -18,7 +18,8 @@ CHUNK_ELEMENTS = 2**18
 _LEVELS = 2**16
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
+    """x in float32 where it is in half precision."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
@@ -80,7 +81,7 @@ def _masked(x: Tensor, mask: DropoutMask) -> Tensor:
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """Zeroes elements with probability p and scales the others by 1 / (1 - p), in training only; [T, ...]."""
-    return _Dropout.apply(_wide(x), p) if training and p > 0 else x
+    return _Dropout.apply(wide(x), p) if training and p > 0 else x
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -123,7 +124,7 @@ def _rms_norm_backward(out: Tensor, grad: Tensor, x: Tensor, inverse: Tensor, fa
 
 def rms_norm(x_TW: Tensor, dropout_p: float = 0.0, training: bool = False, eps: float = 1e-6) -> Tensor:
     """RMSNorm without a weight over the last axis, then dropout; [T, W]."""
-    return _RMSNorm.apply(_wide(x_TW), dropout_p if training else 0.0, eps)
+    return _RMSNorm.apply(wide(x_TW), dropout_p if training else 0.0, eps)
 
 
 class _GatedRMSNorm(torch.autograd.Function):
@@ -158,7 +159,7 @@ def gated_rms_norm(
     gate_TW: Tensor, x_TW: Tensor, dropout_p: float = 0.0, training: bool = False, eps: float = 1e-6
 ) -> Tensor:
     """dropout(gate ⊙ RMSNorm(x)), no weight; [T, W]."""
-    return _GatedRMSNorm.apply(_wide(gate_TW), _wide(x_TW), dropout_p if training else 0.0, eps)
+    return _GatedRMSNorm.apply(wide(gate_TW), wide(x_TW), dropout_p if training else 0.0, eps)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -221,5 +222,5 @@ def silu_split(x_TW: Tensor, sizes: Sequence[int]) -> Tuple[Tensor, ...]:
 
 def layer_norm(x: Tensor, eps: float) -> Tensor:
     """LayerNorm without weight and bias over the last axis."""
-    x = _wide(x)
+    x = wide(x)
     return F.layer_norm(x, x.shape[-1:], eps=eps)

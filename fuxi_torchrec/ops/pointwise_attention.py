@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fuxi_torchrec.ops.fused import wide
 from fuxi_torchrec.ops.jagged import JaggedLayout, LengthGroup, from_slots, to_slots
 from fuxi_torchrec.ops.time_maps import TIME_MAPS, TimeGaps
 
@@ -37,7 +38,7 @@ def silu_attention(
         q_GHnq, k_GHnq, v_GHnd = (
             x[group.start : group.stop].unflatten(0, (group.length, group.users)).permute(1, 2, 0, 3) for x in qkv_P
         )
-        scores_GHnn = q_GHnq @ k_GHnq.mT
+        scores_GHnn = wide(q_GHnq @ k_GHnq.mT)
         bias_Gnn = _bias(group, lag_weights_N, bucket_weights, gaps)
         if bias_Gnn is not None:
             scores_GHnn = scores_GHnn + bias_Gnn.unsqueeze(1)
