@@ -253,8 +253,9 @@ class ReferenceModel(nn.Module):
         return total / max(len(targets_T), 1)
 
     def _items(self, ids: Tensor) -> Tensor:
-        if ids.numel() and not 1 <= int(ids.min()) <= int(ids.max()) <= len(self.item_table_VD):
-            raise UserError(f"item ids must lie in 1 … {len(self.item_table_VD)}: got {int(ids.min())} … {int(ids.max())}")
+        lowest, highest = (int(ids.min()), int(ids.max())) if ids.numel() else (1, 1)
+        if lowest < 1 or highest > len(self.item_table_VD):
+            raise UserError(f"item ids must lie in 1 … {len(self.item_table_VD)}: got {lowest} … {highest}")
         return nn.functional.embedding((ids - 1).to(self.item_table_VD.device), self.item_table_VD)
 
 
