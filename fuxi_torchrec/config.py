@@ -44,10 +44,13 @@ class ModelConfig:
     """The tower. The names are those of the papers' code; see docs/models.md."""
 
     encoder: EncoderName = "fuxi_beta"
+    """Which tower; fuxi_beta and fuxi_alpha are one block with different channels."""
     embedding_dim: int = 50
     """D, also the width of the item table."""
     num_blocks: int = 2
+    """L."""
     num_heads: int = 1
+    """H."""
     value_dim: int = 50
     """d, per head (FuXi, HSTU)."""
     qk_dim: int = 50
@@ -61,7 +64,9 @@ class ModelConfig:
     activation: Literal["relu", "gelu"] = "relu"
     """SASRec's feed-forward activation."""
     input_dropout: float = 0.2
+    """Dropout on the item embeddings plus positions."""
     dropout: float = 0.2
+    """Dropout inside the blocks."""
     attention_dropout: float = 0.0
     """Dropout on attention weights (SASRec)."""
     padded_length: Optional[int] = None
@@ -77,15 +82,19 @@ class LossConfig:
     """per_token: num_negatives drawn for every position (the papers); shared: one pool of num_negatives per step and
     rank (large catalogues)."""
     num_negatives: int = 128
+    """Drawn uniformly from the catalogue, with replacement."""
     temperature: float = 0.05
+    """Divisor of the logits, which are cosines."""
     l2_eps: float = 1e-6
+    """Least norm that outputs and item embeddings are divided by."""
 
 
 @dataclass
 class TableConfig:
-    """The item table. Sharded kinds come with the sharding work; replicated is the papers' set-up."""
+    """The item table."""
 
     sharding: Literal["replicated"] = "replicated"
+    """replicated: every rank holds the whole table (the papers); so far the only kind."""
 
 
 @dataclass
@@ -93,37 +102,53 @@ class OptimizerConfig:
     """AdamW on everything that is dense."""
 
     learning_rate: float = 1e-3
+    """Highest learning rate."""
     betas: Tuple[float, float] = (0.9, 0.98)
+    """Decay of AdamW's first and second moments."""
     weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
     warmup_steps: int = 0
+    """Steps of linear warm-up."""
     schedule: Literal["constant", "cosine"] = "constant"
     """After warm-up: constant, or cosine down to min_learning_rate at the last step."""
     min_learning_rate: float = 0.0
+    """Where the cosine ends."""
     clip_grad_norm: Optional[float] = None
+    """Largest global gradient norm; null: no clipping."""
 
 
 @dataclass
 class EvaluationConfig:
+    """Full-ranking evaluation."""
+
     batch_size: int = 128
     """Users whose histories are encoded together."""
     every_epochs: Optional[int] = 1
     """Evaluate after every so many epochs; null: only at the end."""
     every_steps: Optional[int] = None
+    """Evaluate after every so many steps as well."""
     split: Optional[Literal["validation", "test"]] = None
     """Split watched during training; null: validation where the data split has one, else test (as the papers do)."""
 
 
 @dataclass
 class TrainerConfig:
+    """The loop: how long, on what, and which model is kept."""
+
     max_epochs: int = 101
+    """Passes over the training users."""
     max_steps: Optional[int] = None
     """Stop after so many steps even inside an epoch."""
     seed: int = 0
+    """Decides initial values, order, negatives and dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA where torch sees a GPU."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: autocast of the tower; logits, norms, time differences and the loss stay float32."""
     log_every_steps: int = 10
+    """Steps between training lines; a line's loss is the mean since the last one."""
     checkpoint_every_epochs: int = 1
+    """Epochs between checkpoints; the best and the last are kept."""
     metric: str = "ndcg@10"
     """Higher is better, except for cross_entropy. Decides the best checkpoint and early stopping."""
     patience: Optional[int] = None

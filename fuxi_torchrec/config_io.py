@@ -6,10 +6,13 @@ import sys
 from typing import Any, Dict, List, NoReturn, Optional
 
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, set_parsing_settings
 
 from fuxi_torchrec.config import Config, check
 from fuxi_torchrec.errors import UserError
+
+# The docstrings under the config's fields are the help of their options.
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 class OneLineParser(ArgumentParser):

@@ -22,6 +22,7 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 from fuxi_torchrec.config import OptimizerConfig
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.model import TABLE, SequenceRecommender
+from fuxi_torchrec.versions import fbgemm_has_cuda
 
 # torchrec asks is_fx_tracing() at every forward, and torch warns about the name once.
 logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
@@ -54,7 +55,8 @@ def start_world(device: str = "auto") -> Iterator[World]:
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("trainer.device: cuda is asked for, but torch sees no GPU here; use cpu or auto")
-    use_cuda = device != "cpu" and torch.cuda.is_available()
+    # auto takes the GPU only where fbgemm has kernels for it as well.
+    use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available() and fbgemm_has_cuda())
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     place = torch.device("cpu")
     if use_cuda:

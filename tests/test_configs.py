@@ -1,0 +1,45 @@
+"""The published runs are what the protocol page says, and every file under configs/ is a config."""
+
+import glob
+import os
+
+import pytest
+
+from fuxi_torchrec.config_io import load_config, to_yaml
+
+CONFIGS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs")
+FILES = sorted(glob.glob(os.path.join(CONFIGS, "**", "*.yaml"), recursive=True))
+
+
+@pytest.mark.parametrize("path", FILES, ids=[os.path.relpath(path, CONFIGS) for path in FILES])
+def test_every_config_loads_and_survives_a_round_trip(path, tmp_path):
+    config = load_config(path)
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    assert load_config(str(tmp_path / "again.yaml")) == config
+
+
+@pytest.mark.parametrize("name", ["fuxi-beta", "fuxi-alpha", "hstu", "sasrec"])
+@pytest.mark.parametrize(
+    "data, large, width, blocks, heads, value, rate",
+    [
+        ("ml-1m", "", 50, 2, 1, 50, 1e-3),
+        ("ml-1m", "large-", 50, 8, 2, 25, 1e-3),
+        ("ml-20m", "", 256, 2, 4, 64, 4e-3),
+        ("ml-20m", "large-", 256, 8, 8, 32, 4e-3),
+    ],
+)
+def test_sizes_are_those_of_the_papers(name, data, large, width, blocks, heads, value, rate):
+    config = load_config(os.path.join(CONFIGS, data, f"{name}-sampled-softmax-n128-{large}final.yaml"))
+    model = config.model
+    assert model.encoder == name.replace("-", "_")
+    assert (model.embedding_dim, model.num_blocks, model.num_heads) == (width, blocks, heads)
+    if name != "sasrec":
+        assert model.value_dim == value
+    if name in ("fuxi-alpha", "hstu"):
+        assert model.qk_dim == value
+    if name == "fuxi-beta":
+        assert model.ffn_multiply == {("ml-1m", ""): 1, ("ml-1m", "large-"): 1, ("ml-20m", ""): 4}.get((data, large), 3)
+    assert config.optimizer.learning_rate == rate and tuple(config.optimizer.betas) == (0.9, 0.98)
+    assert (config.loss.negatives, config.loss.num_negatives, config.loss.temperature) == ("per_token", 128, 0.05)
+    assert (config.data.split, config.data.max_sequence_length, config.padded_length) == ("leave_one_out", 200, 211)
+    assert config.trainer.max_epochs == 101
