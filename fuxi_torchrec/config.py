@@ -35,8 +35,9 @@ class DataConfig:
     """If set, a batch ends before its supervised positions exceed this (batch_size still bounds its users)."""
     shuffle_buffer: int = 65536
     """Users that are shuffled together (whole row groups, at least one); memory grows with it."""
-    prefetch: int = 2
-    """Batches made ahead in a background thread; 0 makes them in line."""
+    prefetch: Optional[int] = None
+    """Batches made ahead in a background thread; null: 2 beside a GPU, 0 on a CPU, where the thread would only take its
+    time from the others."""
 
 
 @dataclass

@@ -13,7 +13,7 @@ from fuxi_torchrec.batch import EVENTS, SequenceBatch
 from fuxi_torchrec.config import Config
 from fuxi_torchrec.dataset import SequenceDataset, ranges, windows
 from fuxi_torchrec.errors import UserError
-from fuxi_torchrec.loader import evaluation_batches, prefetch
+from fuxi_torchrec.loader import evaluation_batches, prefetch, prefetch_depth
 from fuxi_torchrec.metrics import metric_sums
 from fuxi_torchrec.ops.ranking import NonFiniteScore, Ranking, Seen, rank_targets
 from fuxi_torchrec.sharding import World, local_table
@@ -67,7 +67,8 @@ def encode_queries(
     was_training = model.training
     model.eval()
     try:
-        for batch in prefetch(_batches(dataset, config, split, world), config.data.prefetch):
+        depth = prefetch_depth(config.data, world.device.type)
+        for batch in prefetch(_batches(dataset, config, split, world), depth):
             batch = batch.to(world.device)
             with torch.inference_mode():
                 query_BD = model(batch)

@@ -124,6 +124,12 @@ def evaluation_batches(
             yield collate(rows, users.take(slice(begin, begin + batch_size)))
 
 
+def prefetch_depth(config: DataConfig, device_type: str) -> int:
+    """config.prefetch, or what suits the device. On a CPU a background thread makes every parallel operation wait for
+    the core it occupies."""
+    return config.prefetch if config.prefetch is not None else 0 if device_type == "cpu" else 2
+
+
 def prefetch(items: Iterable[T], depth: int) -> Iterator[T]:
     """Makes the next `depth` items in a background thread; exceptions arrive where the item would have."""
     if depth <= 0:

@@ -52,7 +52,7 @@ class Tower(nn.Module):
         outputs_TD = self.encode(events_ED, batch)
         if not batch.has_negatives:
             return outputs_TD[batch.offsets_B1[1:] - 1]
-        positives_TD = l2_normalize(events_ED[batch.input_index_T + 1], self.config.l2_eps)
+        positives_TD = l2_normalize(events_ED.index_select(0, batch.input_index_T + 1), self.config.l2_eps)
         candidates_UD = l2_normalize(embeddings[NEGATIVES].values(), self.config.l2_eps)
         if batch.negative_index_TK is not None:
             return per_token_sampled_softmax(
@@ -81,14 +81,14 @@ class Tower(nn.Module):
         )
         with torch.autocast(events_ED.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             outputs_TD = self.encoder(
-                events_ED[inputs_T], batch.timestamps_E[inputs_T], batch.timestamps_E[targets_T], layout
+                events_ED.index_select(0, inputs_T), batch.timestamps_E[inputs_T], batch.timestamps_E[targets_T], layout
             )
         return l2_normalize(outputs_TD, self.config.l2_eps)
 
 
 def init_table(weight: Tensor) -> Tensor:
-    """Truncated normal, σ = 0.02 (model page, "Input")."""
-    return nn.init.trunc_normal_(weight, std=0.02)
+    """Normal, σ = 0.02, truncated at 2 σ (model page, "Input")."""
+    return nn.init.trunc_normal_(weight, std=0.02, a=-0.04, b=0.04)
 
 
 def build_model(config: Config, num_items: int, time_unit: float, device: torch.device) -> SequenceRecommender:

@@ -20,7 +20,7 @@ from fuxi_torchrec.config import Config, OptimizerConfig, evaluation_splits
 from fuxi_torchrec.dataset import SequenceDataset
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.evaluation import evaluate, popularity
-from fuxi_torchrec.loader import Position, TrainingStream, prefetch
+from fuxi_torchrec.loader import Position, TrainingStream, prefetch, prefetch_depth
 from fuxi_torchrec.metrics import is_better
 from fuxi_torchrec.model import build_model
 from fuxi_torchrec.negatives import NegativeSampler
@@ -82,7 +82,8 @@ class Trainer:
 
     def _epoch(self, received: List[int]) -> None:
         epoch, losses, rate = self.position.epoch, [], Rate()
-        batches = prefetch(self.stream.epoch(self.position), self.config.data.prefetch)
+        depth = prefetch_depth(self.config.data, self.world.device.type)
+        batches = prefetch(self.stream.epoch(self.position), depth)
         saved_step = self.position.step
         while True:
             done = self._step(next(batches, None), bool(received))

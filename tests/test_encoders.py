@@ -305,8 +305,10 @@ def test_initial_parameters_follow_the_model_page():
     torch.manual_seed(0)
     tower = build_encoder(ModelConfig(embedding_dim=64, value_dim=64), padded_length=500)
     block = tower.blocks[0]
-    assert tower.position_embedding_ND.abs().max() <= 2 / 8
-    assert tower.position_embedding_ND.std().item() == pytest.approx(0.88 / 8, rel=0.03)
+    assert tower.position_embedding_ND.std().item() == pytest.approx(math.sqrt(2 / 564), rel=0.03)
+    sasrec = build_encoder(ModelConfig(encoder="sasrec", embedding_dim=64), padded_length=500)
+    assert sasrec.position_embedding_ND.abs().max() <= 2 / 8
+    assert sasrec.position_embedding_ND.std().item() == pytest.approx(0.88 / 8, rel=0.03)
     assert block.input_weight.std().item() == pytest.approx(0.02, rel=0.03)
     assert block.mixers["positional"].weight_N.std().item() == pytest.approx(0.02, rel=0.15)
     assert block.ffn_in_weight.abs().max().item() == pytest.approx(math.sqrt(6 / 128), rel=0.01)

@@ -33,10 +33,13 @@ class SequenceEncoder(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draws every parameter anew (also after meta-device construction and `to_empty`)."""
-        std = math.sqrt(1 / self.embedding_dim)
-        nn.init.trunc_normal_(self.position_embedding_ND, std=std, a=-2 * std, b=2 * std)
+        self.reset_positions()
         for block in self.blocks:
             block.reset_parameters()
+
+    def reset_positions(self) -> None:
+        """Xavier normal: the research code of HSTU and the FuXi towers overwrites the input step's own draw by it."""
+        nn.init.xavier_normal_(self.position_embedding_ND)
 
     def batch_context(self, timestamps_T: Tensor, next_timestamps_T: Tensor, layout: JaggedLayout) -> Any:
         """Whatever the blocks share, made once per forward."""

@@ -6,6 +6,8 @@ key and value are not.
 Shapes: T tokens, D embedding, H heads, d = D / H, F feed-forward width; in a length group G users and n positions.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -105,6 +107,11 @@ class SASRecEncoder(SequenceEncoder):
             )
         self.blocks.extend(SASRecBlock(config) for _ in range(config.num_blocks))
         self.reset_parameters()
+
+    def reset_positions(self) -> None:
+        """Normal, σ = √(1/D), truncated at 2 σ (model page, "Input")."""
+        std = math.sqrt(1 / self.embedding_dim)
+        nn.init.trunc_normal_(self.position_embedding_ND, std=std, a=-2 * std, b=2 * std)
 
     def batch_context(self, timestamps_T: Tensor, next_timestamps_T: Tensor, layout: JaggedLayout) -> JaggedLayout:
         return layout
