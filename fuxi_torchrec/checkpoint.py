@@ -83,7 +83,10 @@ class Checkpoints:
 
         Raises UserError for a checkpoint that is missing, damaged, or of another model.
         """
-        name = self.index().get(which, which)
+        index = self.index()
+        if which == "best" and "last" in index and "best" not in index:
+            raise UserError(f"{self.folder}: no evaluation has chosen a best checkpoint yet; take --checkpoint last")
+        name = index.get(which, which)
         path = os.path.join(self.folder, name)
         try:
             with open(os.path.join(path, STATE_FILE), encoding="utf-8") as file:

@@ -1,5 +1,6 @@
 """The command line. Each command builds only its own parser, and imports torch only once its arguments are right."""
 
+import errno
 import os
 import sys
 from typing import Any, Callable, Dict, List, Optional
@@ -13,6 +14,8 @@ COMMANDS = {
     "evaluate": "rank a split's targets with a run's saved model",
     "recommend": "top-k items for users, or for a history given by hand",
 }
+# Errors of the place that is written to: the user's to mend, wherever they surface.
+BEYOND_OUR_CONTROL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
@@ -36,15 +39,21 @@ def main(arguments: Optional[List[str]] = None) -> int:
             raise UserError(f"unknown command {command!r}; the commands are {', '.join(COMMANDS)}")
         return handlers[command](rest)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _complain(str(error))
+    except OSError as error:
+        if error.errno not in BEYOND_OUR_CONTROL:
+            raise
+        return _complain(f"{error.filename or 'writing'}: {error.strerror}; make room or choose another --output")
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of a pipe (head, less) has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+
+
+def _complain(message: str) -> int:
+    """One line on standard error, from one rank."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr)
+    return 2
 
 
 def _overview() -> str:
@@ -136,6 +145,8 @@ def _evaluate(arguments: List[str]) -> int:
         if options.split not in splits:
             raise UserError(f"--split {options.split}: this run's data.split has {' and '.join(splits)}")
         metrics = evaluate(saved.model, saved.dataset, saved.config, options.split, saved.world)
+        if not saved.world.is_main:
+            return 0
         line = {"split": options.split, "step": saved.step, "epoch": saved.epoch, "checkpoint": options.checkpoint}
         saved.run.append({**line, **metrics, "command": "evaluate"})
         results = {options.split: metrics}
@@ -180,6 +191,8 @@ def _recommend(arguments: List[str]) -> int:
             saved.model, saved.dataset, saved.config, saved.world, requests, options.k, options.at, options.include_seen
         )
         table = rec.to_table(requests, scores, items, catalogue)
+        if not saved.world.is_main:
+            return 0
     if options.output:
         import pyarrow.parquet as pq
 

@@ -61,7 +61,8 @@ class Progression:
             if isinstance(value, float):
                 self.writer.add_scalar(f"{line['split']}/{name}", value, line["step"])
         shown = "  ".join(f"{name} {line[name]:.4f}" for name in TABLE_METRICS if name in line)
-        self.say(f"epoch {line['epoch']}  {line['split']}:  {shown}")
+        which = f"{line['checkpoint']} checkpoint, " if "checkpoint" in line else ""
+        self.say(f"{which}epoch {line['epoch']}, {line['split']}:  {shown}")
 
     def say(self, text: str) -> None:
         """A line for the person watching, on standard error."""
@@ -102,16 +103,17 @@ class Rate:
 
 
 def print_results(rows: Dict[str, Dict[str, Any]], title: str) -> None:
-    """A table on standard output: a row a model, a column a metric, then the floor where the data has one."""
+    """A titled table on standard output: a row a model, a column a metric, then the floor where the data has one."""
     first = next(iter(rows.values()))
     names: List[str] = [name for name in TABLE_METRICS if name in first]
     names += [name for name in first if name.startswith("cross_entropy_")]
-    table = Table(title=title, title_justify="left")
+    table = Table()
     table.add_column("model")
     for name in names:
         table.add_column(name.replace("cross_entropy_", "ce_"), justify="right")
     for model, metrics in rows.items():
         table.add_row(model, *(f"{metrics[name]:.4f}" if name in metrics else "" for name in names))
+    print(f"\n{title}")
     _console().print(table)
 
 
@@ -121,11 +123,12 @@ def print_recommendations(recommendations: Any) -> None:
     for row in recommendations.to_pylist():
         by_user.setdefault(row["user"], []).append(row)
     for user, rows in by_user.items():
-        table = Table(title=f"user {user}" if user != "history" else "history", title_justify="left")
+        table = Table()
         for name in ("rank", "item", "title", "score"):
             table.add_column(name, justify="left" if name == "title" else "right")
         for row in rows:
             table.add_row(str(row["rank"]), str(row["item_id"]), row["title"], f"{row['score']:.3f}")
+        print(f"\nuser {user}" if user != "history" else "\nhistory")
         _console().print(table)
 
 
