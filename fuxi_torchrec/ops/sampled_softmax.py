@@ -118,14 +118,15 @@ def shared_sampled_softmax(
     return _Shared.apply(*inputs, pool_ids_P, positive_ids_T, temperature, needs_grad)
 
 
-def _chunk_loss(positive_C: Tensor, negative_CX: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
-    """Summed loss of a chunk, and the softmax weights of its positives and negatives. Overwrites negative_CX."""
+def _chunk_loss(positive_C: Tensor, negative_CX: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(summed loss of a chunk, softmax weight of the positives [C], numerators of the negatives' weights [C, X], the
+    factor [C, 1] that turns those into weights). Overwrites negative_CX: a pass over it costs more than all of [C]."""
     top_C = torch.maximum(positive_C, negative_CX.amax(1))
-    weights_CX = negative_CX.sub_(top_C[:, None]).exp_()
-    weight_C = torch.exp(positive_C - top_C)
-    total_C = weights_CX.sum(1) + weight_C
+    numerator_CX = negative_CX.sub_(top_C[:, None]).exp_()
+    numerator_C = torch.exp(positive_C - top_C)
+    total_C = numerator_CX.sum(1) + numerator_C
     loss = (total_C.log() + top_C - positive_C).sum(dtype=torch.float64)
-    return loss, weight_C / total_C, weights_CX.div_(total_C[:, None])
+    return loss, numerator_C / total_C, numerator_CX, total_C.reciprocal()[:, None]
 
 
 def _save_scaled(ctx, gradients: Optional[Tuple[Tensor, ...]], count: int) -> None:
@@ -147,20 +148,22 @@ class _PerToken(torch.autograd.Function):
         chunk = max(chunk_tokens, -(-8 * unique // max(negatives, 1)))
         grads = tuple(torch.zeros_like(x) for x in (outputs_TD, positives_TD, candidates_UD)) if needs_grad else None
         loss = outputs_TD.new_zeros((), dtype=torch.float64)
-        positive_T = (outputs_TD * positives_TD).sum(-1) / tau
+        scaled_TD = outputs_TD / tau  # the temperature is divided out here, not in [C, K]
+        positive_T = (scaled_TD * positives_TD).sum(-1)
+        positive_index_T = positive_index_T.int()
         for start in range(0, tokens, chunk):
             rows = slice(start, start + chunk)
-            index_CK = index_TK[rows].int()
-            scores_CK = _sampled_products(outputs_TD[rows], candidates_UD, index_CK).div_(tau)
+            index_CK, scaled_CD = index_TK[rows].int(), scaled_TD[rows]
+            scores_CK = _sampled_products(scaled_CD, candidates_UD, index_CK)
             scores_CK.masked_fill_(index_CK == positive_index_T[rows, None], MASKED_LOGIT)
-            chunk_loss, weight_C, weights_CK = _chunk_loss(positive_T[rows], scores_CK)
+            chunk_loss, weight_C, numerator_CK, factor_C1 = _chunk_loss(positive_T[rows], scores_CK)
             loss += chunk_loss
             if needs_grad:
-                pull_C1 = ((weight_C - 1) / tau)[:, None]
-                weights_CK.div_(tau)
-                grads[0][rows] = _weighted_rows(candidates_UD, index_CK, weights_CK).addcmul_(pull_C1, positives_TD[rows])
-                grads[1][rows] = pull_C1 * outputs_TD[rows]
-                _add_transposed(grads[2], index_CK, weights_CK, outputs_TD[rows])
+                pull_C1 = (weight_C - 1)[:, None]
+                mean_CD = _weighted_rows(candidates_UD, index_CK, numerator_CK).mul_(factor_C1)
+                torch.addcmul(mean_CD, pull_C1, positives_TD[rows], out=grads[0][rows]).div_(tau)
+                torch.mul(pull_C1, scaled_CD, out=grads[1][rows])
+                _add_transposed(grads[2], index_CK, numerator_CK, factor_C1 * scaled_CD)
         _save_scaled(ctx, grads, count=8)
         return loss.float()
 
@@ -175,19 +178,21 @@ class _Shared(torch.autograd.Function):
         chunk = max(1, SHARED_CHUNK_ELEMENTS // max(pool_PD.shape[0], 1))
         grads = tuple(torch.zeros_like(x) for x in (outputs_TD, positives_TD, pool_PD)) if needs_grad else None
         loss = outputs_TD.new_zeros((), dtype=torch.float64)
-        positive_T = (outputs_TD * positives_TD).sum(-1) / tau
+        scaled_TD = outputs_TD / tau
+        positive_T = (scaled_TD * positives_TD).sum(-1)
         for start in range(0, outputs_TD.shape[0], chunk):
             rows = slice(start, start + chunk)
-            scores_CP = (outputs_TD[rows] @ pool_PD.t()).div_(tau)
+            scaled_CD = scaled_TD[rows]
+            scores_CP = scaled_CD @ pool_PD.t()
             scores_CP.masked_fill_(pool_ids_P[None, :] == positive_ids_T[rows, None], MASKED_LOGIT)
-            chunk_loss, weight_C, weights_CP = _chunk_loss(positive_T[rows], scores_CP)
+            chunk_loss, weight_C, numerator_CP, factor_C1 = _chunk_loss(positive_T[rows], scores_CP)
             loss += chunk_loss
             if needs_grad:
-                pull_C1 = ((weight_C - 1) / tau)[:, None]
-                weights_CP.div_(tau)
-                grads[0][rows] = (weights_CP @ pool_PD).addcmul_(pull_C1, positives_TD[rows])
-                grads[1][rows] = pull_C1 * outputs_TD[rows]
-                grads[2].addmm_(weights_CP.t(), outputs_TD[rows])
+                pull_C1 = (weight_C - 1)[:, None]
+                mean_CD = (numerator_CP @ pool_PD).mul_(factor_C1)
+                torch.addcmul(mean_CD, pull_C1, positives_TD[rows], out=grads[0][rows]).div_(tau)
+                torch.mul(pull_C1, scaled_CD, out=grads[1][rows])
+                grads[2].addmm_(numerator_CP.t(), factor_C1 * scaled_CD)
         _save_scaled(ctx, grads, count=7)
         return loss.float()
 
