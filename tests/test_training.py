@@ -73,6 +73,22 @@ def test_every_encoder_trains_from_a_config_and_repeats_exactly(small_dataset, t
     assert first == second
 
 
+def test_bf16_follows_float32(small_dataset, tmp_path):
+    """Autocast changes the tower's products only: the losses stay within a percent."""
+    train(tiny(small_dataset, max_epochs=1), tmp_path / "fp32")
+    train(tiny(small_dataset, max_epochs=1, precision="bf16"), tmp_path / "bf16")
+    for (_, full), (_, half) in zip(losses(tmp_path / "fp32"), losses(tmp_path / "bf16")):
+        assert half == pytest.approx(full, rel=0.01) and half != full
+
+
+def test_a_shared_pool_trains(small_dataset, tmp_path):
+    config = tiny(small_dataset, max_epochs=4)
+    config.loss.negatives, config.loss.num_negatives = "shared", 40
+    train(config, tmp_path / "run")
+    curve = [loss for _, loss in losses(tmp_path / "run")]
+    assert curve[-1] < 0.9 * curve[0]
+
+
 @pytest.mark.parametrize("stop", [4, 11, 20])
 def test_a_stopped_run_resumes_with_the_same_losses_to_the_bit(small_dataset, tmp_path, stop):
     config = tiny(small_dataset)
