@@ -318,3 +318,13 @@ def test_initial_parameters_follow_the_model_page():
 def test_towers_need_torch_alone():
     code = "import sys, fuxi_torchrec.reference; print({'torchrec', 'fbgemm_gpu'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("encoder", ["fuxi_beta", "fuxi_alpha", "hstu", "sasrec"])
+def test_a_rank_without_users_trains_on_with_zero_gradients(encoder):
+    """Every parameter gets a gradient from an empty batch, or data parallelism would wait for it forever."""
+    tower = build_encoder(config(encoder=encoder), padded_length=15).train()
+    nothing = torch.zeros(0, dtype=torch.int64)
+    x = torch.zeros(0, tower.embedding_dim, requires_grad=True)
+    tower(x, nothing, nothing, JaggedLayout.from_lengths([0])).sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in tower.parameters())

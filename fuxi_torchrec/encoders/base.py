@@ -74,6 +74,9 @@ class SequenceEncoder(nn.Module):
         context = self.batch_context(timestamps_T, next_timestamps_T, layout)
         for block in self.blocks:
             x_TD = block(x_TD, context)
+        if layout.num_tokens == 0:
+            # Data parallelism waits for a gradient of every parameter, zero ones from a rank without users too.
+            x_TD = x_TD + 0 * sum(parameter.sum() for parameter in self.parameters())
         return x_TD
 
 
