@@ -9,7 +9,8 @@ import os
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Iterator, List, Tuple
+from datetime import timedelta
+from typing import Any, Iterator, List, Tuple
 
 import torch
 import torch.distributed as dist
@@ -46,12 +47,19 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def same(self, value: Any) -> Any:
+        """Rank 0's value, on all ranks."""
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values, src=0)
+        return values[0]
+
 
 @contextmanager
-def start_world(device: str = "auto") -> Iterator[World]:
+def start_world(device: str = "auto", timeout_minutes: float = 30.0) -> Iterator[World]:
     """Joins the process group that torchrun described in the environment, or makes one of this process alone.
 
-    nccl on CUDA, gloo elsewhere. Raises UserError where CUDA is asked for and absent.
+    nccl on CUDA, gloo elsewhere. A collective that waits longer than timeout_minutes fails. Raises UserError where CUDA is asked for and absent.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("trainer.device: cuda is asked for, but torch sees no GPU here; use cpu or auto")
@@ -64,7 +72,7 @@ def start_world(device: str = "auto") -> Iterator[World]:
         torch.cuda.set_device(place)
     backend = "nccl" if use_cuda else "gloo"
     if size > 1:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
     else:
         # An in-process store: a single process needs no port, which another job could hold.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

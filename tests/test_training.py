@@ -166,11 +166,14 @@ def test_another_data_set_is_refused(small_dataset, tmp_path):
             pass
 
 
-def test_only_best_and_last_are_kept_and_nothing_half_written(small_dataset, tmp_path):
-    train(tiny(small_dataset), tmp_path / "run")
+def test_the_newest_and_the_best_are_kept_and_nothing_half_written(small_dataset, tmp_path):
+    config = tiny(small_dataset, checkpoint_every_steps=2, keep_checkpoints=3)
+    train(config, tmp_path / "run")
     folder = tmp_path / "run" / "checkpoints"
     index = json.loads((folder / "index.json").read_text())
-    assert {p.name for p in folder.iterdir()} == {"index.json", index["best"], index["last"]}
+    steps = sorted(path.name for path in folder.iterdir() if path.name != "index.json")
+    assert steps[-1] == index["last"] and set(steps[-3:]) | {index["best"]} == set(steps)
+    assert all((folder / name / "complete.json").exists() and (folder / name / "config.yaml").exists() for name in steps)
 
 
 def test_learning_rate_warms_up_and_follows_the_cosine():
