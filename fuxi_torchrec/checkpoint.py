@@ -216,7 +216,7 @@ class Checkpoints:
 
     def _agreed(self, function: Any, *arguments: Any) -> Any:
         """What rank 0 sees: a file system may show different things to different machines for a while."""
-        return self.world.same(function(*arguments) if self.world.is_main else None)
+        return self.world.from_main(function(*arguments) if self.world.is_main else None)
 
     def _gather(self, value: Any) -> List[Any]:
         values = [value] * self.world.size

@@ -149,7 +149,7 @@ def _start_run(output: str, config: Any, dataset: Any, resume: bool, world: Any)
     run = RunFolder(output)
     if world.is_main:
         run, resume = RunFolder.start(output, config, dataset.identity, resume)
-    return run, world.same(resume)
+    return run, world.from_main(resume)
 
 
 def _evaluate(arguments: List[str]) -> int:

@@ -178,7 +178,7 @@ def check_same_start(world: World, config: Dict[str, Any], content_checksum: str
         return
     mine = {**_flat(config), "the data set's content": content_checksum}
     mine.pop("data.path")
-    first = world.same(mine)
+    first = world.from_main(mine)
     for key in sorted(set(mine) | set(first)):
         if mine.get(key) != first.get(key):
             raise UserError(f"{key}: {mine.get(key)} here and {first.get(key)} on rank 0; start all ranks alike")

@@ -10,7 +10,7 @@ import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Iterator, List, Tuple
+from typing import Iterator, List, Tuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,8 @@ from fuxi_torchrec.config import OptimizerConfig
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.model import TABLE, SequenceRecommender
 from fuxi_torchrec.versions import fbgemm_has_cuda
+
+T = TypeVar("T")
 
 # torchrec asks is_fx_tracing() at every forward, and torch warns about the name once.
 logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
@@ -47,11 +49,11 @@ class World:
             dist.all_reduce(values)
         return values
 
-    def same(self, value: Any) -> Any:
-        """Rank 0's value, on all ranks."""
+    def from_main(self, value: T) -> T:
+        """Rank 0's value, on every rank."""
         values = [value]
         if self.size > 1:
-            dist.broadcast_object_list(values, src=0)
+            dist.broadcast_object_list(values, src=0, device=self.device)
         return values[0]
 
 

@@ -8,7 +8,7 @@ import math
 import signal
 import sys
 import time
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, List, NoReturn, Optional, Tuple
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from fuxi_torchrec.checkpoint import Checkpoints
 from fuxi_torchrec.config import Config, OptimizerConfig, evaluation_splits
 from fuxi_torchrec.dataset import SequenceDataset
 from fuxi_torchrec.errors import UserError
-from fuxi_torchrec.evaluation import evaluate, popularity
+from fuxi_torchrec.evaluation import Stopped, evaluate, popularity
 from fuxi_torchrec.faults import Interrupted, signals
 from fuxi_torchrec.loader import Position, TrainingStream, positions_after, prefetch, prefetch_depth
 from fuxi_torchrec.metrics import is_better
@@ -55,7 +55,9 @@ class Trainer:
         self.users_seen = 0  # of the current epoch, over all ranks
         self.best_value: Optional[float] = None
         self.without_better = 0
-        self.evaluation_due = False
+        self.evaluated_step = -1
+        self.received: List[int] = []  # signals
+        self.evaluation_due = False  # where a signal has put one off
         if resume:
             self._resume()
         self.progression = Progression(run, self._progress(), self.position.step, world.is_main)
@@ -64,25 +66,24 @@ class Trainer:
         """Trains to the end, then evaluates the best checkpoint. Returns {split: metrics} with a popularity row as
         {"popularity " + split: metrics}. Raises Interrupted after a signal, UserError for a diverged loss."""
         try:
-            with signals() as received:
+            with signals() as self.received:
                 if self.evaluation_due:  # what a signal put off
                     self._evaluate_and_save(must_save=True)
                 while not self._finished():
-                    self._epoch(received)
+                    self._epoch()
                     if self._patience_is_out():
                         self.progression.say(f"no better {self.config.trainer.metric} for {self.without_better} evaluations")
                         break
-            return self._final_evaluation()
+                return self._final_evaluation()
         finally:
             self.progression.close()
 
-    def _epoch(self, received: List[int]) -> None:
+    def _epoch(self) -> None:
         epoch, losses, rate = self.position.epoch, [], Rate()
         depth = prefetch_depth(self.config.data, self.world.device.type)
         batches = prefetch(self.stream.epoch(self.position), depth)
-        saved_step = self.position.step
         while True:
-            done = self._step(next(batches, None), bool(received))
+            done = self._step(next(batches, None), bool(self.received))
             if done is None:
                 break
             loss, positions, stop = done
@@ -93,14 +94,11 @@ class Trainer:
             if step % self.config.trainer.log_every_steps == 0:
                 self._log(losses, rate)
             if stop:
-                self._save(is_best=False, evaluation_due=self._evaluation_is_due())
-                self.checkpoints.wait()
-                raise Interrupted(received[0] if received else signal.SIGTERM)
+                self._stop(evaluation_due=self._evaluation_is_due())
             if self._reached_max_steps():
                 break
             if self._evaluation_is_due():
                 self._evaluate_and_save(must_save=self._save_is_due())
-                saved_step = step
                 rate.start()
                 if self._patience_is_out():
                     return
@@ -112,7 +110,7 @@ class Trainer:
         if not self._reached_max_steps():
             self.position, self.users_seen = Position(epoch=epoch + 1, step=self.position.step), 0
             self.stream.deals = []
-        self._end_of_epoch(epoch, already=saved_step == self.position.step)
+        self._end_of_epoch(epoch, already=self.evaluated_step == self.position.step)
 
     def _end_of_epoch(self, epoch: int, already: bool) -> None:
         last = self._finished()
@@ -181,7 +179,11 @@ class Trainer:
 
     def _evaluate_and_save(self, must_save: bool) -> None:
         split = self.config.evaluation.split or evaluation_splits(self.config.data)[0]
-        metrics = self._evaluate(split)
+        try:
+            metrics = self._evaluate(split)
+        except Stopped:
+            self._stop(evaluation_due=True)
+        self.evaluated_step = self.position.step
         value = metrics[self.config.trainer.metric]
         is_best = self.best_value is None or is_better(self.config.trainer.metric, value, self.best_value)
         self.without_better = 0 if is_best else self.without_better + 1
@@ -192,7 +194,7 @@ class Trainer:
 
     def _evaluate(self, split: str, **extra: Any) -> Dict[str, float]:
         started = time.perf_counter()
-        metrics = evaluate(self.model, self.dataset, self.config, split, self.world)
+        metrics = evaluate(self.model, self.dataset, self.config, split, self.world, lambda: bool(self.received))
         line = {"split": split, "step": self.position.step, "epoch": self._epochs_done(), **extra, **metrics}
         self.progression.evaluation({**line, "seconds": round(time.perf_counter() - started, 3)})
         return metrics
@@ -203,10 +205,22 @@ class Trainer:
         self.position = Position(**state["positions"][0])
         results = {}
         for split in evaluation_splits(self.config.data):
-            results[split] = self._evaluate(split, checkpoint="best")
+            try:
+                results[split] = self._evaluate(split, checkpoint="best")
+            except Stopped:  # the end of training is saved
+                raise Interrupted(self._signal()) from None
             if self.world.is_main:
                 results[f"popularity {split}"] = popularity(self.dataset, self.config, split)
         return results
+
+    def _stop(self, evaluation_due: bool) -> NoReturn:
+        """Saves and leaves, on all ranks, after a signal to any of them."""
+        self._save(is_best=False, evaluation_due=evaluation_due)
+        self.checkpoints.wait()
+        raise Interrupted(self._signal())
+
+    def _signal(self) -> int:
+        return self.received[0] if self.received else signal.SIGTERM
 
     def _save(self, is_best: bool, evaluation_due: bool = False) -> None:
         positions = [self.position.to_dict()]
@@ -223,6 +237,7 @@ class Trainer:
             "users_seen": self.users_seen,
             "best_value": self.best_value,
             "without_better": self.without_better,
+            "evaluated_step": self.evaluated_step,
             "evaluation_due": evaluation_due,
         }
         self.checkpoints.save(self.model, self.optimizer, state, is_best)
@@ -235,7 +250,8 @@ class Trainer:
         if state["dataset"] != self.dataset.identity.content_checksum:
             raise UserError(f"{self.run.path}: its checkpoints were made on another data set; name that by --data.path")
         self.position, self.stream.deals = positions_after(state, self.world.rank, self.world.size)
-        self.users_seen, self.evaluation_due = state["users_seen"], state["evaluation_due"]
+        self.users_seen = state["users_seen"]
+        self.evaluated_step, self.evaluation_due = state["evaluated_step"], state["evaluation_due"]
         self.best_value, self.without_better = state["best_value"], state["without_better"]
         if self.world.is_main:
             self.run.forget_after(state["metrics_bytes"])
