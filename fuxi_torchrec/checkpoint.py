@@ -35,7 +35,7 @@ class Checkpoints:
     """The checkpoints of a run folder.
 
     Args:
-        folder: the run's checkpoints/.
+        folder: the run's checkpoints/; trainer.checkpoint_folder goes before it.
         config, num_items: what makes a model; a checkpoint of another one is refused by name of the differing key.
         beside: file name -> text, kept in every checkpoint beside config.yaml.
     """
@@ -43,7 +43,8 @@ class Checkpoints:
     def __init__(
         self, folder: str, config: Config, num_items: int, world: World, beside: Optional[Dict[str, str]] = None
     ):
-        self.folder, self.world, self.keep = folder, world, config.trainer.keep_checkpoints
+        self.folder, self.world = config.trainer.checkpoint_folder or folder, world
+        self.keep = config.trainer.keep_checkpoints
         self.beside = {"config.yaml": to_yaml(config), **(beside or {})}
         self.identity = {
             **{f"model.{key}": value for key, value in dataclasses.asdict(config.model).items() if "dropout" not in key},
@@ -56,6 +57,12 @@ class Checkpoints:
         self._group: Optional[dist.ProcessGroup] = None  # of the background's own, so that it meets no other collective
         self._thread: Optional[threading.Thread] = None
         self._error: Optional[UserError] = None
+
+    def refuse_others(self) -> None:
+        """Raises UserError where another run keeps its checkpoints here: a new run would remove them."""
+        found = self._agreed(storage.folders, self.folder)
+        if found:
+            raise UserError(f"{self.folder}: checkpoints of a run are already here; go on by --resume, or name another")
 
     def save(
         self, model: DistributedModelParallel, optimizer: Any, state: Dict[str, Any], is_best: bool

@@ -154,6 +154,8 @@ class TrainerConfig:
     """Steps between checkpoints inside an epoch, as well."""
     keep_checkpoints: int = 2
     """Newest checkpoints that are kept, beside the best; with two, a damaged newest one loses little."""
+    checkpoint_folder: Optional[str] = None
+    """Where checkpoints are kept, a folder or an address that iopath knows; null: checkpoints/ in the run folder."""
     async_checkpoint: Optional[bool] = None
     """Write checkpoints in the background from a copy in CPU memory; null: where training is on a GPU."""
     timeout_minutes: float = 30.0

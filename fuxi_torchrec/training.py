@@ -60,6 +60,8 @@ class Trainer:
         self.evaluation_due = False  # where a signal has put one off
         if resume:
             self._resume()
+        else:
+            self.checkpoints.refuse_others()
         self.progression = Progression(run, self._progress(), self.position.step, world.is_main)
 
     def fit(self) -> Dict[str, Dict[str, float]]:
