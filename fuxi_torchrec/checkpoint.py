@@ -1,13 +1,12 @@
 """Checkpoints by torch.distributed.checkpoint: model, optimizer, and where training stands. Complete or absent.
 
-    checkpoints/step-00000048/   DCP's shards, config.yaml, and complete.json: the marker, written last, with the state of
-                                 training and the size and checksum of every file
+    checkpoints/step-00000048/   DCP's shards, config.yaml, and complete.json: the marker, written last, with the state
+                                 of training and the size and checksum of every file
     checkpoints/index.json       {"last": folder, "best": folder, "best_value": …} for readers; the markers decide
 
 The newest `trainer.keep_checkpoints` and the best are kept.
 """
 
-import dataclasses
 import json
 import threading
 from typing import Any, Dict, List, Optional
@@ -23,6 +22,7 @@ from fuxi_torchrec import checkpoint_storage as storage
 from fuxi_torchrec.config import Config
 from fuxi_torchrec.config_io import to_yaml
 from fuxi_torchrec.errors import UserError
+from fuxi_torchrec.faults import is_lost
 from fuxi_torchrec.paths import join, path_manager
 from fuxi_torchrec.sharding import World
 
@@ -47,7 +47,7 @@ class Checkpoints:
         self.keep = config.trainer.keep_checkpoints
         self.beside = {"config.yaml": to_yaml(config), **(beside or {})}
         self.identity = {
-            **{f"model.{key}": value for key, value in dataclasses.asdict(config.model).items() if "dropout" not in key},
+            **{f"model.{key}": value for key, value in vars(config.model).items() if "dropout" not in key},
             "model.padded_length": config.padded_length,
             "num_items": num_items,
         }
@@ -56,7 +56,7 @@ class Checkpoints:
         self.best: Optional[str] = None
         self._group: Optional[dist.ProcessGroup] = None  # of the background's own, so that it meets no other collective
         self._thread: Optional[threading.Thread] = None
-        self._error: Optional[UserError] = None
+        self._error: Optional[Exception] = None
 
     def refuse_others(self) -> None:
         """Raises UserError where another run keeps its checkpoints here: a new run would remove them."""
@@ -64,9 +64,7 @@ class Checkpoints:
         if found:
             raise UserError(f"{self.folder}: checkpoints of a run are already here; go on by --resume, or name another")
 
-    def save(
-        self, model: DistributedModelParallel, optimizer: Any, state: Dict[str, Any], is_best: bool
-    ) -> None:
+    def save(self, model: DistributedModelParallel, optimizer: Any, state: Dict[str, Any], is_best: bool) -> None:
         """Saves everything; every rank calls it. `state` must hold "step" and "best_value".
 
         In the background, the tensors are copied to the CPU first, and an error (a full disk) is raised by the next
@@ -75,7 +73,7 @@ class Checkpoints:
         self.wait()
         name = f"step-{state['step']:08d}"
         self.best = name if is_best else self.best
-        marker = {**state, "best": self.best, "format": FORMAT, "world_size": self.world.size, "identity": self.identity}
+        marker = {**state, "best": self.best, "format": FORMAT, "identity": self.identity}
         tensors = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         if not self.in_background:
             return self._write(name, tensors, marker)
@@ -123,13 +121,13 @@ class Checkpoints:
             say(f"{join(self.folder, name)}: {problem}; the one before is used")
             damaged += not problem.startswith("not complete")
         if damaged:
-            raise UserError(f"{self.folder}: every checkpoint is damaged; restore one, or train again in another --output")
+            raise UserError(f"{self.folder}: every checkpoint is damaged; restore one, or train to another --output")
         return None
 
     def _write_later(self, name: str, tensors: Dict[str, Any], marker: Dict[str, Any]) -> None:
         try:
             self._write(name, tensors, marker)
-        except UserError as error:
+        except Exception as error:  # raised by `wait`
             self._error = error
 
     def _write(self, name: str, tensors: Dict[str, Any], marker: Dict[str, Any]) -> None:
@@ -145,7 +143,10 @@ class Checkpoints:
             if self.world.is_main:
                 self._finish(name, {**marker, "files": files})
         except FAILURES as error:
-            raise UserError(f"{path}: checkpoint not saved ({_reason(error)}); the ones before are untouched") from error
+            if is_lost(error):
+                raise
+            reason = f"checkpoint not saved ({_reason(error)}); the ones before are untouched"
+            raise UserError(f"{path}: {reason}") from error
         self._barrier()
 
     def _finish(self, name: str, marker: Dict[str, Any]) -> None:
@@ -202,6 +203,8 @@ class Checkpoints:
         try:
             dcp.load(target, storage_reader=storage.Reader(path))
         except FAILURES as error:
+            if is_lost(error):
+                raise
             raise UserError(f"{path}: damaged checkpoint ({_reason(error)}); use another one") from error
         model.load_state_dict(target["model"])
         if optimizer is not None:

@@ -1,6 +1,6 @@
 """Files of a checkpoint, by iopath: what DCP writes is counted and checksummed on its way, by the rank that writes it.
 
-A bucket has no rename, so nothing here is written aside: a folder is a checkpoint once its marker, written last, is there.
+A bucket has no rename, so nothing is written aside: a folder is a checkpoint once its marker, written last, is there.
 """
 
 import json
@@ -11,7 +11,12 @@ import zlib
 from contextlib import contextmanager
 from typing import Any, Dict, Iterator, List, Optional
 
-from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, FileSystemBase, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import (
+    CURRENT_DCP_VERSION,
+    FileSystemBase,
+    FileSystemReader,
+    FileSystemWriter,
+)
 
 from fuxi_torchrec.paths import join, path_manager
 

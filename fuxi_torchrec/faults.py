@@ -1,11 +1,12 @@
 """What goes wrong in a run of several processes: an error of one is told once and ends all; signals; lost processes.
 
-An error on one rank would leave the others waiting in a collective. `fail_together` needs no collective to prevent that:
+An error on one rank would leave the others waiting in a collective. `fail_together` needs no collective to prevent it:
 the rank that fails leaves its message in the process group's store, where rank 0 looks twice a second.
 """
 
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -109,7 +110,7 @@ class _Watch(threading.Thread):
 def _failure(error: Exception, store: dist.Store, world: World) -> Exception:
     """What this rank is to raise for its error."""
     try:
-        if _is_lost(error):
+        if is_lost(error):
             return _other_rank(store, world) or _lost(error, store, world)
         if not world.is_main:
             message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
@@ -120,12 +121,12 @@ def _failure(error: Exception, store: dist.Store, world: World) -> Exception:
         else:
             store.set(HEARD, "")  # the others wait for this before they tell the same mistake again
     except (dist.DistError, RuntimeError, ValueError):  # the store is gone with rank 0, which has told what it knew
-        error = LostProcess("rank 0 is gone") if _is_lost(error) else error
+        error = LostProcess("rank 0 is gone") if is_lost(error) else error
         error.told = not world.is_main
     return error
 
 
-def _is_lost(error: Exception) -> bool:
+def is_lost(error: Exception) -> bool:
     """Whether a collective failed because of another process."""
     text = str(error).lower()
     return isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or any(word in text for word in LOST))
@@ -197,4 +198,6 @@ def _flat(config: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    text = re.sub(r"^\[\S+:\d+\] ", "", text)  # gloo's source file
+    return text.split(". ")[0][:200]

@@ -35,7 +35,7 @@ class Position:
 
 
 def positions_after(state: Dict[str, Any], rank: int, world_size: int) -> Tuple[Position, List[List[Position]]]:
-    """Where a rank goes on from what was saved ("positions" of all ranks then, earlier "deals"), and the stream's deals.
+    """Where a rank goes on from what was saved ("positions" of all ranks, earlier "deals"), and the stream's deals.
 
     At another world size the rest of the epoch is dealt anew.
     """
@@ -115,7 +115,8 @@ class TrainingStream:
 
     def _buffers(self, epoch: int) -> List[Buffer]:
         """This rank's buffers of an epoch, each of about shuffle_buffer users."""
-        groups = [self.dataset.row_groups[index] for index in self._random(epoch).permutation(len(self.dataset.row_groups))]
+        order = self._random(epoch).permutation(len(self.dataset.row_groups))
+        groups = [self.dataset.row_groups[index] for index in order]
         begun: List[Buffer] = []
         deals = self.deals if self.deals and self.deals[0][0].epoch == epoch else []
         for generation, positions in enumerate(deals):

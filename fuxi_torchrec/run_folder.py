@@ -28,32 +28,37 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: str, config: Config, identity: DatasetIdentity, resume: bool) -> "RunFolder":
-        """Starts a run's folder, or goes on in it with `resume`. Raises UserError where a run is already there."""
+        """Starts a run's folder, or goes on in it with `resume`, which leaves config and identity as they were.
+
+        Raises UserError where a run is already there."""
         run = cls(path)
         existing = run._file(CONFIG_FILE)
         if os.path.exists(existing) and not resume:
             raise UserError(f"{path}: a run is already here; go on with it by --resume, or name another --output")
         try:
             os.makedirs(path, exist_ok=True)
-            write_aside(existing, to_yaml(config))
-            write_aside(run._file(IDENTITY_FILE), identity.to_json())
+            if launch_id() is not None:
+                write_aside(run._file(LAUNCH_FILE), launch_id())
+            if not os.path.exists(existing):  # else the trainer does, once a checkpoint has been found to fit
+                run.describe(config, identity)
         except OSError as error:
             raise UserError(f"{path}: cannot write the run folder ({error.strerror})") from None
         return run
 
+    def describe(self, config: Config, identity: DatasetIdentity) -> None:
+        """Writes the config and the data set's identity."""
+        write_aside(self._file(CONFIG_FILE), to_yaml(config))
+        write_aside(self._file(IDENTITY_FILE), identity.to_json())
+
     @classmethod
     def start(cls, path: str, config: Config, identity: DatasetIdentity, resume: bool) -> Tuple["RunFolder", bool]:
-        """`create`, where a restart of the launch that made the run (torchrun after a lost worker, Slurm after a requeue)
-        goes on without being told to. Returns the run, and whether it is resumed."""
-        run, launch = cls(path), launch_id()
-        file = run._file(LAUNCH_FILE)
-        if launch is not None and os.path.exists(file) and is_restart():
+        """`create`, where a restart of the launch that made the run (by torchrun after a lost worker, by Slurm after a
+        requeue) goes on without being told to. Returns the run, and whether it is resumed."""
+        file = cls(path)._file(LAUNCH_FILE)
+        if is_restart() and os.path.exists(file):
             with open(file, encoding="utf-8") as text:
-                resume = resume or text.read() == launch
-        run = cls.create(path, config, identity, resume)
-        if launch is not None:
-            write_aside(file, launch)
-        return run, resume
+                resume = resume or text.read() == launch_id()
+        return cls.create(path, config, identity, resume), resume
 
     @classmethod
     def open(cls, path: str) -> "RunFolder":

@@ -62,6 +62,8 @@ class Trainer:
             self._resume()
         else:
             self.checkpoints.refuse_others()
+        if world.is_main:
+            run.describe(config, dataset.identity)
         self.progression = Progression(run, self._progress(), self.position.step, world.is_main)
 
     def fit(self) -> Dict[str, Dict[str, float]]:
@@ -71,11 +73,11 @@ class Trainer:
             with signals() as self.received:
                 if self.evaluation_due:  # what a signal put off
                     self._evaluate_and_save(must_save=True)
-                while not self._finished():
+                while not self._finished() and not self._patience_is_out():
                     self._epoch()
-                    if self._patience_is_out():
-                        self.progression.say(f"no better {self.config.trainer.metric} for {self.without_better} evaluations")
-                        break
+                if self._patience_is_out():
+                    waited = f"{self.without_better} evaluations"
+                    self.progression.say(f"no better {self.config.trainer.metric} for {waited}")
                 return self._final_evaluation()
         finally:
             self.progression.close()
@@ -245,18 +247,18 @@ class Trainer:
         self.checkpoints.save(self.model, self.optimizer, state, is_best)
 
     def _resume(self) -> None:
-        """Goes on from the newest whole checkpoint, where there is one."""
+        """Goes on from the newest whole checkpoint, or begins where no checkpoint was ever completed."""
         state = self.checkpoints.load_newest(self.model, self.optimizer, self._say)
+        if state and state["dataset"] != self.dataset.identity.content_checksum:
+            raise UserError(f"{self.run.path}: its checkpoints were made on another data set; name that by --data.path")
+        if self.world.is_main:
+            self.run.forget_after(state["metrics_bytes"] if state else 0)
         if state is None:
             return
-        if state["dataset"] != self.dataset.identity.content_checksum:
-            raise UserError(f"{self.run.path}: its checkpoints were made on another data set; name that by --data.path")
         self.position, self.stream.deals = positions_after(state, self.world.rank, self.world.size)
         self.users_seen = state["users_seen"]
         self.evaluated_step, self.evaluation_due = state["evaluated_step"], state["evaluation_due"]
         self.best_value, self.without_better = state["best_value"], state["without_better"]
-        if self.world.is_main:
-            self.run.forget_after(state["metrics_bytes"])
 
     def _say(self, text: str) -> None:
         if self.world.is_main:

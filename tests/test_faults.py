@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from data_pipelines.events import prepare_events
 from tests.conftest import write_events
@@ -32,6 +33,20 @@ def slow(self, batch, stop):
     time.sleep(float(os.environ.get("SLOW", 0)))
     return step(self, batch, stop)
 Trainer._step = slow
+"""
+# The loaded model is the one of $SAVED.
+COMPARED = """
+import torch
+from fuxi_torchrec.checkpoint import Checkpoints
+read = Checkpoints._read
+def compared(self, name, marker, model, optimizer):
+    state = read(self, name, marker, model, optimizer)
+    saved = torch.load(os.environ["SAVED"])["model"]
+    if optimizer is not None:
+        assert all(torch.equal(value, saved[key]) for key, value in model.state_dict().items())
+        print("the same model", file=sys.stderr)
+    return state
+Checkpoints._read = compared
 """
 MAIN = "from fuxi_torchrec.cli import main\nsys.exit(main())\n"
 
@@ -78,9 +93,14 @@ class Launch:
         return False
 
     def kill_one(self, moment, chance):
-        """kill -9 of a worker, once `moment` has come."""
+        """kill -9 of a worker, once `moment` has come. Returns the file of metrics then."""
         assert self.until(lambda: moment() and len(self.workers()) == 2), self.errors.read_text()
         os.kill(chance.choice(self.workers()), signal.SIGKILL)
+        return inode(self.output)
+
+
+def inode(output):
+    return os.stat(output / "metrics.jsonl").st_ino
 
 
 def lines(output):
@@ -132,11 +152,14 @@ def survive(kills, folder, data, undisturbed, chance):
     steps = len(losses(undisturbed))
     ends = [line["step"] for line in evaluations(undisturbed)]
     launch = Launch(folder, data, folder / "run", restarts=len(kills) + 2, slow=0.05)
+    before = None  # the file of metrics at the last kill: resuming writes another
     for number, kill in enumerate(kills):
         step = (number + 1) * (steps - 6) // (len(kills) + 1)
-        launch.kill_one(lambda kill=kill, step=step: is_at(kill, step, launch.output, ends), chance)
-        killed = launch.workers()
-        assert launch.until(lambda killed=killed: len(set(launch.workers()) - set(killed)) == 2, 60)
+
+        def moment(kill=kill, step=step, before=before):
+            return is_at(kill, step, launch.output, ends) and inode(launch.output) != before
+
+        before = launch.kill_one(moment, chance)
     assert launch.wait(300) == 0, launch.errors.read_text()
     check_same(folder / "run", undisturbed)
 
@@ -177,7 +200,7 @@ def test_sigterm_to_torchrun_saves_and_one_process_goes_on(small_dataset, undist
     assert before == losses(undisturbed)[: len(before)]
     again = Launch(tmp_path, small_dataset, run, *rarely, "--resume", processes=0)
     assert again.wait() == 0, again.errors.read_text()
-    assert losses(run)[: len(before)] == before and evaluations(run)[-1]["epoch"] == 4
+    assert losses(run)[: len(before)] == before and evaluations(run)[-2]["epoch"] == 4
 
 
 def test_sigterm_to_one_worker_saves_on_all_and_torchrun_restarts_the_run(small_dataset, undisturbed, tmp_path):
@@ -192,35 +215,19 @@ def test_sigterm_to_one_worker_saves_on_all_and_torchrun_restarts_the_run(small_
 
 
 @pytest.mark.parametrize("processes", [0, 4])
-def test_another_world_size_gets_the_same_model_and_goes_on(small_dataset, undisturbed, tmp_path, processes):
-    """From the middle of an epoch: its rest is dealt anew, so the epoch has as many positions as undisturbed."""
+def test_another_world_size_gets_the_same_model_and_goes_on(
+    small_dataset, undisturbed, tmp_path, monkeypatch, processes
+):
+    """From the middle of an epoch; tests/test_loader.py shows that its users are still seen once each."""
     run = tmp_path / "run"
     shutil.copytree(undisturbed, run)
     for folder in (run / "checkpoints").glob("step-*"):
         if folder.name > "step-00000012":
             shutil.rmtree(folder)
-    report = """
-from fuxi_torchrec.checkpoint import Checkpoints
-import torch.distributed.checkpoint as dcp
-from fuxi_torchrec import checkpoint_storage as storage
-import torch
-read = Checkpoints._read
-def checked(self, name, marker, model, optimizer):
-    state = read(self, name, marker, model, optimizer)
-    if optimizer is not None:
-        saved = torch.load(os.environ["SAVED"])
-        for key, value in model.state_dict().items():
-            assert torch.equal(value, saved["model"][key]), key
-        print("the same model", file=sys.stderr)
-    return state
-Checkpoints._read = checked
-"""
-    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-
     dcp_to_torch_save(str(run / "checkpoints" / "step-00000012"), str(tmp_path / "saved.pt"))
-    os.environ["SAVED"] = str(tmp_path / "saved.pt")
+    monkeypatch.setenv("SAVED", str(tmp_path / "saved.pt"))
     launch = Launch(
-        tmp_path, small_dataset, run, "--resume", "--trainer.max_epochs", "2", processes=processes, before=report
+        tmp_path, small_dataset, run, "--resume", "--trainer.max_epochs", "2", processes=processes, before=COMPARED
     )
     assert launch.wait() == 0, launch.errors.read_text()
     assert launch.errors.read_text().count("the same model") == max(processes, 1)
@@ -242,11 +249,14 @@ Checkpoints._read = checked
             (),
             "rank 1: /nowhere/part.parquet, row group 0: cannot be read",
         ),
+        ("", ("--resume", "--model.num_blocks", "3"), "a checkpoint of another model; model.num_blocks is 2 there and 3"),
     ],
-    ids=["another config", "too little data", "unreadable shard"],
+    ids=["another config", "too little data", "unreadable shard", "another model"],
 )
-def test_a_bad_world_gets_one_error_and_ends(small_dataset, tmp_path, before, options, says):
-    if options:
+def test_a_bad_world_gets_one_error_and_ends(small_dataset, undisturbed, tmp_path, before, options, says):
+    if "--resume" in options:
+        shutil.copytree(undisturbed, tmp_path / "run")
+    if "TINY" in options:
         write_events(tmp_path / "log.csv", 8)
         prepare_events([str(tmp_path / "log.csv")], "user", "item", "time", str(tmp_path / "tiny"))
         options = ("--data.path", tmp_path / "tiny")
@@ -254,6 +264,8 @@ def test_a_bad_world_gets_one_error_and_ends(small_dataset, tmp_path, before, op
     assert launch.wait(60) != 0
     complaints = launch.complaints()
     assert len(complaints) == 1 and says in complaints[0], launch.errors.read_text()
+    if "--resume" in options:  # a refused start leaves the run as it was
+        assert (tmp_path / "run" / "config.yaml").read_text() == (undisturbed / "config.yaml").read_text()
 
 
 def test_a_hanging_worker_is_noticed_and_named(small_dataset, tmp_path):

@@ -277,7 +277,11 @@ def test_another_data_set_is_refused(small_dataset, tmp_path):
     log = tmp_path / "log.csv"
     log.write_text("user,item,time\n1,2,3\n1,3,4\n1,4,5\n")
     prepare_events([str(log)], "user", "item", "time", str(tmp_path / "other"))
+    config = tiny(str(tmp_path / "other"))
     run = RunFolder.open(str(tmp_path / "run"))
+    with pytest.raises(UserError, match="another model; num_items"):
+        train(config, tmp_path / "run", resume=True)
+    assert run.config().data.path == small_dataset
     with pytest.raises(UserError, match="not the data set"):
         with open_model(run, run.config(["--data.path", str(tmp_path / "other")]), "best"):
             pass
@@ -291,6 +295,39 @@ def test_the_newest_and_the_best_are_kept_and_nothing_half_written(small_dataset
     steps = sorted(path.name for path in folder.iterdir() if path.name != "index.json")
     assert steps[-1] == index["last"] and set(steps[-3:]) | {index["best"]} == set(steps)
     assert all((folder / name / "complete.json").exists() and (folder / name / "config.yaml").exists() for name in steps)
+
+
+def test_only_a_restart_of_its_own_launch_goes_on_in_a_run_unasked(small_dataset, tmp_path, monkeypatch):
+    identity, config, path = SequenceDataset(small_dataset).identity, tiny(small_dataset), str(tmp_path / "run")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "first")
+    assert not RunFolder.start(path, config, identity, resume=False)[1]
+    with pytest.raises(UserError, match="a run is already here"):
+        RunFolder.start(path, config, identity, resume=False)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert RunFolder.start(path, config, identity, resume=False)[1]
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "second")
+    with pytest.raises(UserError, match="a run is already here"):
+        RunFolder.start(path, config, identity, resume=False)
+
+
+def test_a_signal_in_an_evaluation_puts_it_off(small_dataset, tmp_path):
+    def stop_in_evaluation(trainer):
+        evaluate = trainer._evaluate
+
+        def stopped(split, **extra):
+            if trainer.position.step >= 20:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return evaluate(split, **extra)
+
+        trainer._evaluate = stopped
+
+    config = tiny(small_dataset)
+    whole = train(config, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        train(config, tmp_path / "run", before=stop_in_evaluation)
+    assert train(config, tmp_path / "run", resume=True) == whole
+    lines = [[line.get("step") for line in RunFolder(str(tmp_path / name)).metrics()] for name in ("whole", "run")]
+    assert lines[0] == lines[1]
 
 
 def test_learning_rate_warms_up_and_follows_the_cosine():
