@@ -9,6 +9,7 @@ The newest `trainer.keep_checkpoints` and the best are kept.
 
 import json
 import threading
+import warnings
 from typing import Any, Dict, List, Optional
 
 import torch
@@ -25,6 +26,9 @@ from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.faults import is_lost
 from fuxi_torchrec.paths import join, path_manager
 from fuxi_torchrec.sharding import World
+
+# DCP warns of the ShardedTensors that TorchRec gives it, at every save; nothing a user could do about it.
+warnings.filterwarnings("ignore", message="Please use DTensor instead", category=FutureWarning)
 
 FORMAT = 2
 INDEX_FILE = "index.json"

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Dict, Iterator, List, Optional
@@ -69,7 +70,7 @@ def fail_together(world: World) -> Iterator[None]:
         if watch:
             watch.stop()
         failure = _failure(error, store, world)
-        raise failure from (None if isinstance(failure, UserError) else error)
+        raise failure from (None if isinstance(failure, UserError) or failure is error else error)
     finally:
         if watch:
             watch.stop()
@@ -107,17 +108,22 @@ class _Watch(threading.Thread):
             os._exit(failed["code"])  # the main thread may be waiting for the rank that failed, and never return
 
 
-def _failure(error: Exception, store: dist.Store, world: World) -> Exception:
+def _failure(error: Exception, store: dist.Store, world: World) -> BaseException:
     """What this rank is to raise for its error."""
     try:
         if is_lost(error):
             return _other_rank(store, world) or _lost(error, store, world)
         if not world.is_main:
-            message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            code = 2 if isinstance(error, UserError) else 1
+            message, code = str(error), 2
+            if not isinstance(error, UserError):  # a defect: its traceback before rank 0 ends, and torchrun this rank
+                traceback.print_exception(error)
+                message, code = f"{type(error).__name__}: {error}", 1
             lines = " ".join(message.split())
             store.compare_set(FAILED, "", json.dumps({"rank": world.rank, "message": lines, "code": code}))
-            error.told = _wait_for(store, HEARD)
+            told = _wait_for(store, HEARD)
+            if code == 1:
+                return SystemExit(1)
+            error.told = told
         else:
             store.set(HEARD, "")  # the others wait for this before they tell the same mistake again
     except (dist.DistError, RuntimeError, ValueError):  # the store is gone with rank 0, which has told what it knew
