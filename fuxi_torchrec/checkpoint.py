@@ -1,130 +1,226 @@
 """Checkpoints by torch.distributed.checkpoint: model, optimizer, and where training stands. Complete or absent.
 
-    checkpoints/step-00000048/   the shards, and trainer.json (written last, then the folder takes its name)
-    checkpoints/index.json       {"last": folder, "best": folder, "best_value": …}
+    checkpoints/step-00000048/   DCP's shards, config.yaml, and complete.json: the marker, written last, with the state
+                                 of training and the size and checksum of every file
+    checkpoints/index.json       {"last": folder, "best": folder, "best_value": …} for readers; the markers decide
 
-Only the last and the best are kept.
+The newest `trainer.keep_checkpoints` and the best are kept.
 """
 
-import dataclasses
 import json
-import os
-import shutil
+import threading
+import warnings
 from typing import Any, Dict, List, Optional
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
+from fuxi_torchrec import checkpoint_storage as storage
 from fuxi_torchrec.config import Config
+from fuxi_torchrec.config_io import to_yaml
 from fuxi_torchrec.errors import UserError
-from fuxi_torchrec.run_folder import write_aside
+from fuxi_torchrec.faults import is_lost
+from fuxi_torchrec.paths import join, path_manager
 from fuxi_torchrec.sharding import World
 
-STATE_FILE = "trainer.json"
+# DCP warns of the ShardedTensors that TorchRec gives it, at every save; nothing a user could do about it.
+warnings.filterwarnings("ignore", message="Please use DTensor instead", category=FutureWarning)
+
+FORMAT = 2
 INDEX_FILE = "index.json"
+FAILURES = (OSError, dcp.CheckpointException, RuntimeError, ValueError, EOFError)
 
 
 class Checkpoints:
     """The checkpoints of a run folder.
 
     Args:
-        folder: the run's checkpoints/.
+        folder: the run's checkpoints/; trainer.checkpoint_folder goes before it.
         config, num_items: what makes a model; a checkpoint of another one is refused by name of the differing key.
+        beside: file name -> text, kept in every checkpoint beside config.yaml.
     """
 
-    def __init__(self, folder: str, config: Config, num_items: int, world: World):
-        self.folder, self.world = folder, world
+    def __init__(
+        self, folder: str, config: Config, num_items: int, world: World, beside: Optional[Dict[str, str]] = None
+    ):
+        self.folder, self.world = config.trainer.checkpoint_folder or folder, world
+        self.keep = config.trainer.keep_checkpoints
+        self.beside = {"config.yaml": to_yaml(config), **(beside or {})}
         self.identity = {
-            **{f"model.{key}": value for key, value in dataclasses.asdict(config.model).items() if "dropout" not in key},
+            **{f"model.{key}": value for key, value in vars(config.model).items() if "dropout" not in key},
             "model.padded_length": config.padded_length,
             "num_items": num_items,
         }
+        wanted = config.trainer.async_checkpoint
+        self.in_background = wanted if wanted is not None else world.device.type == "cuda"
+        self.best: Optional[str] = None
+        self._group: Optional[dist.ProcessGroup] = None  # of the background's own, so that it meets no other collective
+        self._thread: Optional[threading.Thread] = None
+        self._error: Optional[Exception] = None
 
-    def index(self) -> Dict[str, Any]:
-        path = os.path.join(self.folder, INDEX_FILE)
-        if not os.path.exists(path):
-            return {}
-        try:
-            with open(path, encoding="utf-8") as file:
-                return json.load(file)
-        except ValueError:
-            raise UserError(f"{path}: not readable as JSON; restore it or train again") from None
+    def refuse_others(self) -> None:
+        """Raises UserError where another run keeps its checkpoints here: a new run would remove them."""
+        found = self._agreed(storage.folders, self.folder)
+        if found:
+            raise UserError(f"{self.folder}: checkpoints of a run are already here; go on by --resume, or name another")
 
-    def save(
-        self,
-        model: DistributedModelParallel,
-        optimizer: Any,
-        state: Dict[str, Any],
-        best_value: Optional[float],
-        is_best: bool,
-    ) -> None:
-        """Saves everything; every rank calls it. `state` must hold "step". Raises UserError where the disk is full."""
+    def save(self, model: DistributedModelParallel, optimizer: Any, state: Dict[str, Any], is_best: bool) -> None:
+        """Saves everything; every rank calls it. `state` must hold "step" and "best_value".
+
+        In the background, the tensors are copied to the CPU first, and an error (a full disk) is raised by the next
+        `save` or `wait`. Raises UserError; the checkpoints before are untouched.
+        """
+        self.wait()
         name = f"step-{state['step']:08d}"
-        path = os.path.join(self.folder, name)
-        aside = f"{path}.incomplete"
-        if self.world.is_main:
-            shutil.rmtree(aside, ignore_errors=True)
-            os.makedirs(self.folder, exist_ok=True)
-        self._barrier()
-        try:
-            dcp.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, checkpoint_id=aside)
-            if self.world.is_main:
-                self._finish(aside, path, {**state, "identity": self.identity}, best_value, is_best)
-        except (OSError, dcp.CheckpointException, RuntimeError) as error:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise UserError(f"{path}: checkpoint not saved ({_reason(error)}); the ones before are untouched") from error
-        self._barrier()
+        self.best = name if is_best else self.best
+        marker = {**state, "best": self.best, "format": FORMAT, "identity": self.identity}
+        tensors = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        if not self.in_background:
+            return self._write(name, tensors, marker)
+        if self._group is None:
+            self._group = dist.new_group(backend="gloo")
+        staged = BlockingAsyncStager().stage(tensors)
+        self._thread = threading.Thread(target=self._write_later, args=(name, staged, marker), daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until the checkpoint that is being written is complete. Raises UserError where it could not be."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
 
     def load(self, which: str, model: nn.Module, optimizer: Optional[Any] = None) -> Dict[str, Any]:
         """Loads "last", "best" or a folder's name in place; returns the state that was saved with it.
 
         Raises UserError for a checkpoint that is missing, damaged, or of another model.
         """
-        index = self.index()
-        if which == "best" and "last" in index and "best" not in index:
-            raise UserError(f"{self.folder}: no evaluation has chosen a best checkpoint yet; take --checkpoint last")
-        name = index.get(which, which)
-        path = os.path.join(self.folder, name)
+        self.wait()
+        name, problem = self._agreed(self._named, which)
+        if problem:
+            raise UserError(problem)
+        marker, problem = self._examine(name)
+        if marker is None:
+            raise UserError(f"{join(self.folder, name)}: {problem}; use another checkpoint")
+        return self._read(name, marker, model, optimizer)
+
+    def load_newest(self, model: nn.Module, optimizer: Any, say: Any) -> Optional[Dict[str, Any]]:
+        """Loads the newest checkpoint that is whole, and tells `say` in one line of every one that isn't.
+
+        Returns its state; None where no checkpoint was ever completed. Raises UserError where all of them are damaged.
+        """
+        damaged = 0
+        for name in self._agreed(storage.folders, self.folder):
+            marker, problem = self._examine(name)
+            if marker is not None:
+                state = self._read(name, marker, model, optimizer)
+                self.best = marker["best"]
+                return state
+            say(f"{join(self.folder, name)}: {problem}; the one before is used")
+            damaged += not problem.startswith("not complete")
+        if damaged:
+            raise UserError(f"{self.folder}: every checkpoint is damaged; restore one, or train to another --output")
+        return None
+
+    def _write_later(self, name: str, tensors: Dict[str, Any], marker: Dict[str, Any]) -> None:
         try:
-            with open(os.path.join(path, STATE_FILE), encoding="utf-8") as file:
-                state = json.load(file)
-        except FileNotFoundError:
-            raise UserError(f"{path}: no checkpoint here; train first, or name another one") from None
-        except ValueError:
-            raise UserError(f"{path}: {STATE_FILE} is damaged; use another checkpoint") from None
-        self._check_identity(path, state.get("identity", {}))
+            self._write(name, tensors, marker)
+        except Exception as error:  # raised by `wait`
+            self._error = error
+
+    def _write(self, name: str, tensors: Dict[str, Any], marker: Dict[str, Any]) -> None:
+        path = join(self.folder, name)
+        try:
+            if self.world.is_main:
+                storage.remove(path)
+                path_manager().mkdirs(path)
+            self._barrier()
+            writer = storage.Writer(path)
+            dcp.save(tensors, storage_writer=writer, process_group=self._group)
+            files = {file: size for part in self._gather(writer.written) for file, size in part.items()}
+            if self.world.is_main:
+                self._finish(name, {**marker, "files": files})
+        except FAILURES as error:
+            if is_lost(error):
+                raise
+            reason = f"checkpoint not saved ({_reason(error)}); the ones before are untouched"
+            raise UserError(f"{path}: {reason}") from error
+        self._barrier()
+
+    def _finish(self, name: str, marker: Dict[str, Any]) -> None:
+        path = join(self.folder, name)
+        for file, text in self.beside.items():
+            marker["files"][file] = storage.write_text(join(path, file), text)
+        storage.write_text(join(path, storage.MARKER), json.dumps(marker, indent=2))
+        index = {"last": name, "best": marker["best"], "best_value": marker["best_value"]}
+        storage.write_text(join(self.folder, INDEX_FILE), json.dumps(index, indent=2))
+        self._prune(name, marker["best"])
+
+    def _prune(self, newest: str, best: Optional[str]) -> None:
+        """Leaves the newest few and the best. What is later than the newest is of a future that was given up."""
+        complete = []
+        for name in storage.folders(self.folder):
+            if name <= newest and path_manager().exists(join(self.folder, name, storage.MARKER)):
+                complete.append(name)
+        for name in set(storage.folders(self.folder)) - {best, *complete[: self.keep]}:
+            storage.remove(join(self.folder, name))
+
+    def _named(self, which: str) -> Any:
+        """(folder's name, None) or (None, problem)."""
+        if which not in ("last", "best"):
+            return which, None
+        for name in storage.folders(self.folder):
+            try:
+                marker = storage.read_marker(join(self.folder, name))
+            except (OSError, ValueError):
+                return name, None  # damaged, which `load` will say
+            if marker is None:
+                continue
+            if which == "best" and marker.get("best") is None:
+                return None, f"{self.folder}: no evaluation has chosen a best checkpoint yet; take --checkpoint last"
+            return (name if which == "last" else marker["best"]), None
+        return None, f"{self.folder}: no checkpoint here; train first"
+
+    def _examine(self, name: str) -> Any:
+        """(marker, None) of a whole checkpoint, or (None, what is wrong). Each rank reads a part of the files."""
+        path = join(self.folder, name)
+        marker, problem = self._agreed(_marker, path)
+        if marker is None:
+            return None, problem
+        self._check_identity(path, marker)
+        mine = dict(sorted(marker["files"].items())[self.world.rank :: self.world.size])
+        problems = [found for found in self._gather(storage.damage(path, mine)) if found]
+        return (None, f"damaged checkpoint ({problems[0]})") if problems else (marker, None)
+
+    def _read(self, name: str, marker: Dict[str, Any], model: nn.Module, optimizer: Optional[Any]) -> Dict[str, Any]:
+        path = join(self.folder, name)
         target: Dict[str, Any] = {"model": model.state_dict()}
         if optimizer is not None:
+            create_optimizer_state(model, optimizer)
             target["optimizer"] = optimizer.state_dict()
         try:
-            dcp.load(target, checkpoint_id=path)
-        except (OSError, dcp.CheckpointException, RuntimeError, ValueError, EOFError) as error:
+            dcp.load(target, storage_reader=storage.Reader(path))
+        except FAILURES as error:
+            if is_lost(error):
+                raise
             raise UserError(f"{path}: damaged checkpoint ({_reason(error)}); use another one") from error
         model.load_state_dict(target["model"])
         if optimizer is not None:
             optimizer.load_state_dict(target["optimizer"])
-        return state
+        return marker
 
-    def _finish(
-        self, aside: str, path: str, state: Dict[str, Any], best_value: Optional[float], is_best: bool
-    ) -> None:
-        write_aside(os.path.join(aside, STATE_FILE), json.dumps(state, indent=2))
-        shutil.rmtree(path, ignore_errors=True)
-        os.rename(aside, path)
-        name = os.path.basename(path)
-        index = {**self.index(), "last": name, "best_value": best_value}
-        if is_best:
-            index["best"] = name
-        write_aside(os.path.join(self.folder, INDEX_FILE), json.dumps(index, indent=2))
-        kept = {index["last"], index.get("best")}
-        for other in os.listdir(self.folder):
-            if other.startswith("step-") and other not in kept:
-                shutil.rmtree(os.path.join(self.folder, other), ignore_errors=True)
-
-    def _check_identity(self, path: str, saved: Dict[str, Any]) -> None:
+    def _check_identity(self, path: str, marker: Dict[str, Any]) -> None:
+        if marker.get("format") != FORMAT:
+            raise UserError(
+                f"{path}: a checkpoint of format {marker.get('format')}, this version reads {FORMAT}; train again"
+            )
+        saved = marker["identity"]
         for key in sorted(set(saved) | set(self.identity)):
             if saved.get(key) != self.identity.get(key):
                 raise UserError(
@@ -132,9 +228,19 @@ class Checkpoints:
                     f"{self.identity.get(key)} here"
                 )
 
+    def _agreed(self, function: Any, *arguments: Any) -> Any:
+        """What rank 0 sees: a file system may show different things to different machines for a while."""
+        return self.world.from_main(function(*arguments) if self.world.is_main else None)
+
+    def _gather(self, value: Any) -> List[Any]:
+        values = [value] * self.world.size
+        if self.world.size > 1:
+            dist.all_gather_object(values, value, group=self._group)
+        return values
+
     def _barrier(self) -> None:
         if self.world.size > 1:
-            dist.barrier()
+            dist.barrier(group=self._group)
 
 
 def create_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -147,6 +253,17 @@ def create_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
+
+
+def _marker(path: str) -> Any:
+    """(marker, None), or (None, what is wrong)."""
+    try:
+        marker = storage.read_marker(path)
+    except (OSError, ValueError):
+        return None, f"damaged checkpoint ({storage.MARKER} cannot be read)"
+    if marker is None and path_manager().isdir(path):
+        return None, f"not complete ({storage.MARKER} is missing: saving was cut off)"
+    return marker, None if marker is not None else "no checkpoint here"
 
 
 def _reason(error: BaseException) -> str:

@@ -3,10 +3,11 @@
 import errno
 import os
 import sys
+import time
 from typing import Any, Callable, Dict, List, Optional
 
 from fuxi_torchrec import __version__
-from fuxi_torchrec.errors import UserError
+from fuxi_torchrec.errors import LostProcess, UserError
 
 COMMANDS = {
     "prepare": "raw data (MovieLens, event logs, synthetic) -> a data set folder",
@@ -19,7 +20,8 @@ BEYOND_OUR_CONTROL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, err
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
-    """Runs a command. Exit codes: 0 done, 2 the user's mistake (one line, no traceback), 128 + n stopped by signal n."""
+    """Runs a command. Exit codes: 0 done, 1 another process was lost, 2 the user's mistake (one line, no traceback),
+    128 + n stopped by signal n."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview())
@@ -39,7 +41,11 @@ def main(arguments: Optional[List[str]] = None) -> int:
             raise UserError(f"unknown command {command!r}; the commands are {', '.join(COMMANDS)}")
         return handlers[command](rest)
     except UserError as error:
-        return _complain(str(error))
+        return _complain(str(error), error.told)
+    except LostProcess as error:
+        if not error.told:
+            print(f"error: {error}", file=sys.stderr)
+        return 1
     except OSError as error:
         if error.errno not in BEYOND_OUR_CONTROL:
             raise
@@ -49,10 +55,15 @@ def main(arguments: Optional[List[str]] = None) -> int:
         return 130
 
 
-def _complain(message: str) -> int:
+def _complain(message: str, told: bool = False) -> int:
     """One line on standard error, from one rank."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"error: {message}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")
+    if rank != "0" and not told:
+        # Before the ranks are joined: torchrun ends this one meanwhile if rank 0 made the same mistake and said so.
+        time.sleep(3)
+        message = f"rank {rank}: {message}"
+    if not told:
+        print(f"error: {message}", file=sys.stderr, flush=True)
     return 2
 
 
@@ -110,22 +121,35 @@ def _run_training(config: Any, output: str, resume: bool) -> int:
     read_identity(config.data.path)  # before the seconds that importing torch takes
     _check_environment(config.trainer.device)
     from fuxi_torchrec.dataset import SequenceDataset
-    from fuxi_torchrec.progress import print_results
-    from fuxi_torchrec.run_folder import RunFolder
+    from fuxi_torchrec.faults import Interrupted, check_enough_data, check_same_start, fail_together
     from fuxi_torchrec.sharding import start_world
-    from fuxi_torchrec.training import Interrupted, Trainer
+    from fuxi_torchrec.training import Trainer
 
-    dataset = SequenceDataset(config.data.path)
-    with start_world(config.trainer.device) as world:
-        run = RunFolder.create(output, config, dataset.identity, resume) if world.is_main else RunFolder(output)
+    trainer = config.trainer
+    with start_world(trainer.device, trainer.timeout_minutes) as world, fail_together(world):
+        dataset = SequenceDataset(config.data.path)
+        check_same_start(world, config.to_dict(), dataset.identity.content_checksum)
+        check_enough_data(world, len(dataset.row_groups), config.data.path)
+        run, resume = _start_run(output, config, dataset, resume, world)
         try:
             results = Trainer(config, dataset, run, world, resume).fit()
         except Interrupted as stopped:
-            print(f"{stopped} (saved in {output})", file=sys.stderr)
+            if world.is_main:
+                print(f"{stopped} (saved in {output})", file=sys.stderr)
             return stopped.code
         if world.is_main:
             _print_splits(results, dataset, config, output)
     return 0
+
+
+def _start_run(output: str, config: Any, dataset: Any, resume: bool, world: Any) -> Any:
+    """The run's folder, which rank 0 makes, and whether the run is resumed."""
+    from fuxi_torchrec.run_folder import RunFolder
+
+    run = RunFolder(output)
+    if world.is_main:
+        run, resume = RunFolder.start(output, config, dataset.identity, resume)
+    return run, world.from_main(resume)
 
 
 def _evaluate(arguments: List[str]) -> int:

@@ -149,7 +149,17 @@ class TrainerConfig:
     log_every_steps: int = 10
     """Steps between training lines; a line's loss is the mean since the last one."""
     checkpoint_every_epochs: int = 1
-    """Epochs between checkpoints; the best and the last are kept."""
+    """Epochs between checkpoints."""
+    checkpoint_every_steps: Optional[int] = None
+    """Steps between checkpoints inside an epoch, as well."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept, beside the best; with two, a damaged newest one loses little."""
+    checkpoint_folder: Optional[str] = None
+    """Where checkpoints are kept, a folder or an address that iopath knows; null: checkpoints/ in the run folder."""
+    async_checkpoint: Optional[bool] = None
+    """Write checkpoints in the background from a copy in CPU memory; null: where training is on a GPU."""
+    timeout_minutes: float = 30.0
+    """A process that keeps the others waiting longer than this is given up, and the run stops."""
     metric: str = "ndcg@10"
     """Higher is better, except for cross_entropy. Decides the best checkpoint and early stopping."""
     patience: Optional[int] = None
@@ -189,7 +199,8 @@ def check(config: Config) -> None:
     for key in ("input_dropout", "dropout", "attention_dropout"):
         if not 0 <= getattr(config.model, key) < 1:
             raise UserError(f"model.{key}: {getattr(config.model, key)} is not in [0, 1)")
-    for key in ("loss.temperature", "loss.l2_eps", "optimizer.learning_rate", "model.ffn_multiply"):
+    positive = ("loss.temperature", "loss.l2_eps", "optimizer.learning_rate", "model.ffn_multiply")
+    for key in (*positive, "trainer.timeout_minutes"):
         section, name = key.split(".")
         if not getattr(getattr(config, section), name) > 0:
             raise UserError(f"{key}: {getattr(getattr(config, section), name)} must be greater than 0")
@@ -210,13 +221,14 @@ def _bounded(config: Config):
         "model": ("embedding_dim", "num_blocks", "num_heads", "value_dim", "qk_dim", "padded_length"),
         "loss": ("num_negatives",),
         "evaluation": ("batch_size", "every_epochs", "every_steps"),
-        "trainer": ("max_epochs", "max_steps", "log_every_steps", "checkpoint_every_epochs", "patience"),
+        "trainer": ("max_epochs", "max_steps", "log_every_steps", "patience"),
     }
     zeros = {
         "data": ("prefetch",),
         "optimizer": ("weight_decay", "warmup_steps", "min_learning_rate"),
         "trainer": ("seed",),
     }
+    ones["trainer"] += ("checkpoint_every_epochs", "checkpoint_every_steps", "keep_checkpoints")
     for least, table in ((1, ones), (0, zeros)):
         for section, names in table.items():
             for name in names:

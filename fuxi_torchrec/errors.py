@@ -1,4 +1,4 @@
-"""The one exception for mistakes that are the user's to mend."""
+"""The exceptions that end a command with one line and no traceback."""
 
 
 class UserError(Exception):
@@ -6,4 +6,15 @@ class UserError(Exception):
 
     The message is one line: where (file, row, key), what was wrong, what to do. The command line prints it without a
     traceback and exits with code 2. Anything else that escapes is a defect of this project and keeps its traceback.
+
+    Attributes:
+        told: another process has printed it already.
     """
+
+    told = False
+
+
+class LostProcess(Exception):
+    """Another process of the run died or hangs; the exit code is 1. `told` as in UserError."""
+
+    told = False

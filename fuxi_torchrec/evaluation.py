@@ -3,7 +3,8 @@
 Shape suffixes: B users of a batch, D embedding, S seen pairs, V catalogue.
 """
 
-from typing import Dict, Iterator, List, NamedTuple, Tuple
+from itertools import takewhile
+from typing import Callable, Dict, Iterator, List, NamedTuple, Tuple
 
 import numpy as np
 import torch
@@ -19,6 +20,10 @@ from fuxi_torchrec.ops.ranking import NonFiniteScore, Ranking, Seen, rank_target
 from fuxi_torchrec.sharding import World, local_table
 
 
+class Stopped(Exception):
+    """An evaluation that was broken off, on every rank."""
+
+
 class Queries(NamedTuple):
     """What a rank asks of the catalogue: one query per user, in the data set's order."""
 
@@ -30,15 +35,23 @@ class Queries(NamedTuple):
 
 
 def evaluate(
-    model: nn.Module, dataset: SequenceDataset, config: Config, split: str, world: World
+    model: nn.Module,
+    dataset: SequenceDataset,
+    config: Config,
+    split: str,
+    world: World,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Dict[str, float]:
     """Ranks every user's target of `split` against the whole catalogue minus the visible history.
 
     Returns metric means by name ("ndcg@10", "hr@10", "mrr", "cross_entropy", …), "users", and for synthetic data
     "cross_entropy_floor" and "cross_entropy_minus_floor" with its standard error, paired over the same events.
-    Raises UserError where a score is not finite or the split has no user to evaluate.
+    Raises UserError where a score is not finite or the split has no user to evaluate, Stopped where `stop` becomes true
+    on any rank.
     """
-    queries = encode_queries(model, dataset, config, split, world)
+    queries = encode_queries(model, dataset, config, split, world, stop)
+    if world.sum(torch.tensor([float(stop())], device=world.device)) > 0:
+        raise Stopped
     with torch.inference_mode():
         try:
             ranking = rank_targets(
@@ -59,16 +72,22 @@ def evaluate(
 
 
 def encode_queries(
-    model: nn.Module, dataset: SequenceDataset, config: Config, split: str, world: World
+    model: nn.Module,
+    dataset: SequenceDataset,
+    config: Config,
+    split: str,
+    world: World,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Queries:
-    """This rank's users of a split, encoded with dropout off."""
+    """This rank's users of a split, encoded with dropout off; those before `stop` became true."""
     parts: List[Queries] = []
     users = 0
     was_training = model.training
     model.eval()
     try:
         depth = prefetch_depth(config.data, world.device.type)
-        for batch in prefetch(_batches(dataset, config, split, world), depth):
+        batches = takewhile(lambda batch: not stop(), _batches(dataset, config, split, world))
+        for batch in prefetch(batches, depth):
             batch = batch.to(world.device)
             with torch.inference_mode():
                 query_BD = model(batch)

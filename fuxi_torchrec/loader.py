@@ -1,13 +1,14 @@
 """Streams of batches. What comes next is a function of (seed, epoch, rank, position), so a position resumes exactly.
 
 An epoch shuffles the row groups, deals them to the ranks, and shuffles the users inside buffers of whole row groups.
-Only the current buffer is in memory; a position is (epoch, buffer, users already taken of it).
+Only the current buffer is in memory; a position is (epoch, buffer, users already taken of it). What the ranks' positions
+leave of an epoch can be dealt again to another number of ranks: no user is seen twice, and none is left out.
 """
 
 import queue
 import threading
 from dataclasses import asdict, dataclass, replace
-from typing import Dict, Iterable, Iterator, List, Optional, TypeVar
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, TypeVar
 
 import numpy as np
 
@@ -33,6 +34,35 @@ class Position:
         return asdict(self)
 
 
+def positions_after(state: Dict[str, Any], rank: int, world_size: int) -> Tuple[Position, List[List[Position]]]:
+    """Where a rank goes on from what was saved ("positions" of all ranks, earlier "deals"), and the stream's deals.
+
+    At another world size the rest of the epoch is dealt anew.
+    """
+    positions = [Position(**position) for position in state["positions"]]
+    deals = [[Position(**position) for position in world] for world in state["deals"]]
+    epoch = positions[0].epoch
+    deals = [world for world in deals if world[0].epoch == epoch]
+    if len(positions) == world_size or not any(position.buffer or position.taken for position in positions):
+        return positions[rank % len(positions)], deals
+    return Position(epoch=epoch, step=positions[0].step), [*deals, positions]
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Row groups whose users are shuffled together, in an order that `key` decides; of that order the users
+    [begin, end) are this buffer's."""
+
+    groups: Tuple[RowGroup, ...]
+    key: Tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def users(self) -> int:
+        return max(self.end - self.begin, 0)
+
+
 class TrainingStream:
     """Batches of the training split.
 
@@ -40,7 +70,10 @@ class TrainingStream:
         dataset, config: what is read and how it is batched.
         sampler: draws the negatives at collation.
         seed: decides the order.
-        rank, world_size: an epoch's shuffled row groups are dealt round robin.
+        rank, world_size: an epoch's shuffled row groups are dealt one by one, to the rank with the fewest users so far.
+
+    Attributes:
+        deals: where the ranks of each earlier world stood in the current epoch when that world ended.
     """
 
     def __init__(
@@ -54,15 +87,17 @@ class TrainingStream:
     ):
         self.dataset, self.config, self.sampler, self.seed = dataset, config, sampler, seed
         self.rank, self.world_size = rank, world_size
+        self.deals: List[List[Position]] = []
 
     def epoch(self, position: Position) -> Iterator[SequenceBatch]:
         """The rest of an epoch. No user is dropped: the last batch of a buffer may be smaller than the others."""
         buffers = self._buffers(position.epoch)
         for number in range(position.buffer, len(buffers)):
-            taken = position.taken if number == position.buffer else 0
-            rows = concatenate([self.dataset.read(group) for group in buffers[number]])
+            buffer = buffers[number]
+            taken = max(buffer.begin, position.taken if number == position.buffer else 0)
+            rows = concatenate([self.dataset.read(group) for group in buffer.groups])
             users = windows(rows, self.config, "train")
-            users = users.take(self._random(position.epoch, self.rank, number).permutation(len(users.user_ids_U)))
+            users = users.take(self._random(*buffer.key).permutation(len(users.user_ids_U))[: buffer.end])
             ends_U = np.cumsum(users.stop_U - users.start_U - 1)
             while taken < len(ends_U):
                 end = self._batch_end(ends_U, taken)
@@ -78,19 +113,38 @@ class TrainingStream:
         position = replace(position, step=position.step + 1)
         return collate(rows, Windows(nothing, nothing, nothing), self.sampler, step=position.step, position=position)
 
-    def _buffers(self, epoch: int) -> List[List[RowGroup]]:
-        """This rank's row groups in the epoch's order, cut into buffers of about shuffle_buffer users."""
-        groups = self.dataset.row_groups
-        order = self._random(epoch).permutation(len(groups))
-        buffers: List[List[RowGroup]] = []
-        users = self.config.shuffle_buffer
-        for index in order[self.rank :: self.world_size]:
-            if users >= self.config.shuffle_buffer:
-                buffers.append([])
-                users = 0
-            buffers[-1].append(groups[index])
-            users += groups[index].num_rows
-        return buffers
+    def _buffers(self, epoch: int) -> List[Buffer]:
+        """This rank's buffers of an epoch, each of about shuffle_buffer users."""
+        order = self._random(epoch).permutation(len(self.dataset.row_groups))
+        groups = [self.dataset.row_groups[index] for index in order]
+        begun: List[Buffer] = []
+        deals = self.deals if self.deals and self.deals[0][0].epoch == epoch else []
+        for generation, positions in enumerate(deals):
+            dealt = self._deal(groups, begun, len(positions), epoch, generation)
+            begun, groups = _unfinished(dealt, positions)
+        return self._deal(groups, begun, self.world_size, epoch, len(deals))[self.rank]
+
+    def _deal(
+        self, groups: Sequence[RowGroup], begun: Sequence[Buffer], ranks: int, epoch: int, generation: int
+    ) -> List[List[Buffer]]:
+        """Buffers of every rank: first those that an earlier world had begun, then new ones of whole row groups."""
+        dealt: List[List[Buffer]] = [[] for _ in range(ranks)]
+        users = [0] * ranks
+        for buffer in _pieces(begun, ranks):
+            rank = users.index(min(users))
+            dealt[rank].append(buffer)
+            users[rank] += buffer.users
+        hands: List[List[RowGroup]] = [[] for _ in range(ranks)]
+        for group in groups:
+            rank = users.index(min(users))
+            hands[rank].append(group)
+            users[rank] += group.num_rows
+        for rank, hand in enumerate(hands):
+            for number, part in enumerate(_cut(hand, self.config.shuffle_buffer)):
+                # A later deal draws other orders than the first, whose ranks and numbers it would repeat.
+                this = (epoch, rank, number, generation) if generation else (epoch, rank, number)
+                dealt[rank].append(Buffer(tuple(part), this, 0, sum(group.num_rows for group in part)))
+        return dealt
 
     def _batch_end(self, ends_U: np.ndarray, begin: int) -> int:
         end = min(begin + self.config.batch_size, len(ends_U))
@@ -102,6 +156,49 @@ class TrainingStream:
 
     def _random(self, *key: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, *key])
+
+
+def _cut(groups: Sequence[RowGroup], users: int) -> List[List[RowGroup]]:
+    """Runs of whole row groups, each closed once it holds `users` users."""
+    parts: List[List[RowGroup]] = []
+    held = users
+    for group in groups:
+        if held >= users:
+            parts.append([])
+            held = 0
+        parts[-1].append(group)
+        held += group.num_rows
+    return parts
+
+
+def _unfinished(
+    dealt: Sequence[Sequence[Buffer]], positions: Sequence[Position]
+) -> Tuple[List[Buffer], List[RowGroup]]:
+    """What the ranks of an earlier world left: buffers already begun (anything but untouched), and row groups."""
+    begun: List[Buffer] = []
+    groups: List[RowGroup] = []
+    for buffers, position in zip(dealt, positions):
+        for number in range(position.buffer, len(buffers)):
+            buffer = buffers[number]
+            taken = max(buffer.begin, position.taken if number == position.buffer else 0)
+            whole = sum(group.num_rows for group in buffer.groups)
+            if (taken, buffer.end) == (0, whole):
+                groups += buffer.groups
+            elif taken < buffer.end:
+                begun.append(replace(buffer, begin=taken))
+    return begun, groups
+
+
+def _pieces(begun: Sequence[Buffer], ranks: int) -> List[Buffer]:
+    """The buffers, cut where there are fewer of them than ranks. A piece's rank reads the whole buffer's row groups."""
+    if not begun:
+        return []
+    each = -(-ranks // len(begun))
+    pieces = []
+    for buffer in begun:
+        edges = [buffer.begin + buffer.users * i // each for i in range(each + 1)]
+        pieces += [replace(buffer, begin=low, end=high) for low, high in zip(edges, edges[1:]) if low < high]
+    return pieces
 
 
 def evaluation_batches(

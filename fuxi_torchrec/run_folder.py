@@ -6,7 +6,7 @@ Only rank 0 writes here; whole files are written aside and renamed, metrics.json
 import json
 import os
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from fuxi_torchrec.config import Config
 from fuxi_torchrec.config_io import load_config, to_yaml
@@ -15,6 +15,7 @@ from fuxi_torchrec.errors import UserError
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
+LAUNCH_FILE = "launch.txt"  # what started the run last, so that its restarts are known from another run's start
 
 
 class RunFolder:
@@ -27,18 +28,37 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: str, config: Config, identity: DatasetIdentity, resume: bool) -> "RunFolder":
-        """Starts a run's folder, or goes on in it with `resume`. Raises UserError where a run is already there."""
+        """Starts a run's folder, or goes on in it with `resume`, which leaves config and identity as they were.
+
+        Raises UserError where a run is already there."""
         run = cls(path)
         existing = run._file(CONFIG_FILE)
         if os.path.exists(existing) and not resume:
             raise UserError(f"{path}: a run is already here; go on with it by --resume, or name another --output")
         try:
             os.makedirs(path, exist_ok=True)
-            write_aside(existing, to_yaml(config))
-            write_aside(run._file(IDENTITY_FILE), identity.to_json())
+            if launch_id() is not None:
+                write_aside(run._file(LAUNCH_FILE), launch_id())
+            if not os.path.exists(existing):  # else the trainer does, once a checkpoint has been found to fit
+                run.describe(config, identity)
         except OSError as error:
             raise UserError(f"{path}: cannot write the run folder ({error.strerror})") from None
         return run
+
+    def describe(self, config: Config, identity: DatasetIdentity) -> None:
+        """Writes the config and the data set's identity."""
+        write_aside(self._file(CONFIG_FILE), to_yaml(config))
+        write_aside(self._file(IDENTITY_FILE), identity.to_json())
+
+    @classmethod
+    def start(cls, path: str, config: Config, identity: DatasetIdentity, resume: bool) -> Tuple["RunFolder", bool]:
+        """`create`, where a restart of the launch that made the run (by torchrun after a lost worker, by Slurm after a
+        requeue) goes on without being told to. Returns the run, and whether it is resumed."""
+        file = cls(path)._file(LAUNCH_FILE)
+        if is_restart() and os.path.exists(file):
+            with open(file, encoding="utf-8") as text:
+                resume = resume or text.read() == launch_id()
+        return cls.create(path, config, identity, resume), resume
 
     @classmethod
     def open(cls, path: str) -> "RunFolder":
@@ -74,13 +94,38 @@ class RunFolder:
                     continue
         return lines
 
-    def forget_after(self, step: int) -> None:
-        """Drops metrics of steps behind `step`: a resumed run takes them again."""
-        kept = [line for line in self.metrics() if line.get("step", 0) <= step]
-        write_aside(self._file(METRICS_FILE), "".join(json.dumps(line) + "\n" for line in kept))
+    def metrics_size(self) -> int:
+        """Bytes of metrics.jsonl."""
+        path = self._file(METRICS_FILE)
+        return os.path.getsize(path) if os.path.exists(path) else 0
+
+    def forget_after(self, size: int) -> None:
+        """Drops what training wrote behind the first `size` bytes of metrics.jsonl: a resumed run takes it again."""
+        path = self._file(METRICS_FILE)
+        if not os.path.exists(path):
+            return
+        with open(path, "rb") as file:
+            kept, rest = file.read(size).decode(), file.read()
+        commands = [line for line in rest.splitlines() if b'"command"' in line]  # evaluations asked for by hand
+        write_aside(path, kept + "".join(line.decode() + "\n" for line in commands))
 
     def _file(self, name: str) -> str:
         return os.path.join(self.path, name)
+
+
+def is_restart() -> bool:
+    """Whether torchrun or Slurm started this process again after a failure."""
+    return any(int(os.environ.get(name) or 0) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+
+
+def launch_id() -> Optional[str]:
+    """The same for all restarts of one launch, and for no other; None outside torchrun and Slurm."""
+    environment = os.environ
+    if environment.get("SLURM_JOB_ID"):
+        return f"slurm {environment['SLURM_JOB_ID']}"
+    run_id = environment.get("TORCHELASTIC_RUN_ID")
+    # torchrun's default id says nothing; the agent, which outlives the workers, is their parent then.
+    return f"torchrun {run_id}" if run_id not in (None, "none") else f"agent {os.getppid()}" if run_id else None
 
 
 @contextmanager

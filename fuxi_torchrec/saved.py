@@ -10,6 +10,7 @@ from fuxi_torchrec.checkpoint import Checkpoints
 from fuxi_torchrec.config import Config
 from fuxi_torchrec.dataset import SequenceDataset
 from fuxi_torchrec.errors import UserError
+from fuxi_torchrec.faults import fail_together
 from fuxi_torchrec.model import build_model
 from fuxi_torchrec.run_folder import RunFolder
 from fuxi_torchrec.sharding import World, distribute, start_world
@@ -39,7 +40,7 @@ def open_model(run: RunFolder, config: Config, checkpoint: str) -> Iterator[Save
             f"{config.data.path}: not the data set that {run.path} was trained on (content {_short(dataset.identity)}, "
             f"there {_short(trained_on)}); name the right one with --data.path"
         )
-    with start_world(config.trainer.device) as world:
+    with start_world(config.trainer.device, config.trainer.timeout_minutes) as world, fail_together(world):
         model = build_model(config, dataset.identity.num_items, dataset.identity.time_unit, world.device)
         model = distribute(model, world)
         state = Checkpoints(run.checkpoints, config, dataset.identity.num_items, world).load(checkpoint, model)

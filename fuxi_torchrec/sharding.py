@@ -9,7 +9,8 @@ import os
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Iterator, List, Tuple
+from datetime import timedelta
+from typing import Iterator, List, Tuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,8 @@ from fuxi_torchrec.config import OptimizerConfig
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.model import TABLE, SequenceRecommender
 from fuxi_torchrec.versions import fbgemm_has_cuda
+
+T = TypeVar("T")
 
 # torchrec asks is_fx_tracing() at every forward, and torch warns about the name once.
 logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
@@ -46,12 +49,19 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def from_main(self, value: T) -> T:
+        """Rank 0's value, on every rank."""
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values, src=0, device=self.device)
+        return values[0]
+
 
 @contextmanager
-def start_world(device: str = "auto") -> Iterator[World]:
+def start_world(device: str = "auto", timeout_minutes: float = 30.0) -> Iterator[World]:
     """Joins the process group that torchrun described in the environment, or makes one of this process alone.
 
-    nccl on CUDA, gloo elsewhere. Raises UserError where CUDA is asked for and absent.
+    nccl on CUDA, gloo elsewhere. A collective that waits longer than timeout_minutes fails. Raises UserError where CUDA is asked for and absent.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("trainer.device: cuda is asked for, but torch sees no GPU here; use cpu or auto")
@@ -64,7 +74,7 @@ def start_world(device: str = "auto") -> Iterator[World]:
         torch.cuda.set_device(place)
     backend = "nccl" if use_cuda else "gloo"
     if size > 1:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
     else:
         # An in-process store: a single process needs no port, which another job could hold.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

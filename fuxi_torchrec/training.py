@@ -6,35 +6,28 @@ draws (order, negatives, dropout) is a function of (seed, rank, step), so a resu
 
 import math
 import signal
+import sys
 import time
-from contextlib import contextmanager
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, List, NoReturn, Optional, Tuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from fuxi_torchrec.batch import SequenceBatch
-from fuxi_torchrec.checkpoint import Checkpoints, create_optimizer_state
+from fuxi_torchrec.checkpoint import Checkpoints
 from fuxi_torchrec.config import Config, OptimizerConfig, evaluation_splits
 from fuxi_torchrec.dataset import SequenceDataset
 from fuxi_torchrec.errors import UserError
-from fuxi_torchrec.evaluation import evaluate, popularity
-from fuxi_torchrec.loader import Position, TrainingStream, prefetch, prefetch_depth
+from fuxi_torchrec.evaluation import Stopped, evaluate, popularity
+from fuxi_torchrec.faults import Interrupted, signals
+from fuxi_torchrec.loader import Position, TrainingStream, positions_after, prefetch, prefetch_depth
 from fuxi_torchrec.metrics import is_better
 from fuxi_torchrec.model import build_model
 from fuxi_torchrec.negatives import NegativeSampler
 from fuxi_torchrec.progress import Progression, Rate
 from fuxi_torchrec.run_folder import RunFolder
 from fuxi_torchrec.sharding import World, build_optimizer, distribute
-
-
-class Interrupted(Exception):
-    """Stopped by a signal, after saving. `code` is the exit code: 128 + the signal's number."""
-
-    def __init__(self, number: int):
-        super().__init__(f"stopped by {signal.Signals(number).name}; go on with --resume")
-        self.code = 128 + number
 
 
 class Trainer:
@@ -62,31 +55,39 @@ class Trainer:
         self.users_seen = 0  # of the current epoch, over all ranks
         self.best_value: Optional[float] = None
         self.without_better = 0
-        if resume and self.checkpoints.index():
+        self.evaluated_step = -1
+        self.received: List[int] = []  # signals
+        self.evaluation_due = False  # where a signal has put one off
+        if resume:
             self._resume()
+        else:
+            self.checkpoints.refuse_others()
+        if world.is_main:
+            run.describe(config, dataset.identity)
         self.progression = Progression(run, self._progress(), self.position.step, world.is_main)
 
     def fit(self) -> Dict[str, Dict[str, float]]:
         """Trains to the end, then evaluates the best checkpoint. Returns {split: metrics} with a popularity row as
         {"popularity " + split: metrics}. Raises Interrupted after a signal, UserError for a diverged loss."""
         try:
-            with _signals() as received:
-                while not self._finished():
-                    self._epoch(received)
-                    if self._patience_is_out():
-                        self.progression.say(f"no better {self.config.trainer.metric} for {self.without_better} evaluations")
-                        break
-            return self._final_evaluation()
+            with signals() as self.received:
+                if self.evaluation_due:  # what a signal put off
+                    self._evaluate_and_save(must_save=True)
+                while not self._finished() and not self._patience_is_out():
+                    self._epoch()
+                if self._patience_is_out():
+                    waited = f"{self.without_better} evaluations"
+                    self.progression.say(f"no better {self.config.trainer.metric} for {waited}")
+                return self._final_evaluation()
         finally:
             self.progression.close()
 
-    def _epoch(self, received: List[int]) -> None:
+    def _epoch(self) -> None:
         epoch, losses, rate = self.position.epoch, [], Rate()
         depth = prefetch_depth(self.config.data, self.world.device.type)
         batches = prefetch(self.stream.epoch(self.position), depth)
-        saved_step = self.position.step
         while True:
-            done = self._step(next(batches, None), bool(received))
+            done = self._step(next(batches, None), bool(self.received))
             if done is None:
                 break
             loss, positions, stop = done
@@ -97,22 +98,23 @@ class Trainer:
             if step % self.config.trainer.log_every_steps == 0:
                 self._log(losses, rate)
             if stop:
-                self._save(is_best=False)
-                raise Interrupted(received[0] if received else signal.SIGTERM)
+                self._stop(evaluation_due=self._evaluation_is_due())
             if self._reached_max_steps():
                 break
-            every = self.config.evaluation.every_steps
-            if every and step % every == 0:
-                self._evaluate_and_save(must_save=False)
-                saved_step = step
+            if self._evaluation_is_due():
+                self._evaluate_and_save(must_save=self._save_is_due())
                 rate.start()
                 if self._patience_is_out():
                     return
+            elif self._save_is_due():
+                self._save(is_best=False)
+                rate.start()
         if losses:
             self._log(losses, rate)
         if not self._reached_max_steps():
             self.position, self.users_seen = Position(epoch=epoch + 1, step=self.position.step), 0
-        self._end_of_epoch(epoch, already=saved_step == self.position.step)
+            self.stream.deals = []
+        self._end_of_epoch(epoch, already=self.evaluated_step == self.position.step)
 
     def _end_of_epoch(self, epoch: int, already: bool) -> None:
         last = self._finished()
@@ -181,7 +183,11 @@ class Trainer:
 
     def _evaluate_and_save(self, must_save: bool) -> None:
         split = self.config.evaluation.split or evaluation_splits(self.config.data)[0]
-        metrics = self._evaluate(split)
+        try:
+            metrics = self._evaluate(split)
+        except Stopped:
+            self._stop(evaluation_due=True)
+        self.evaluated_step = self.position.step
         value = metrics[self.config.trainer.metric]
         is_best = self.best_value is None or is_better(self.config.trainer.metric, value, self.best_value)
         self.without_better = 0 if is_best else self.without_better + 1
@@ -192,7 +198,7 @@ class Trainer:
 
     def _evaluate(self, split: str, **extra: Any) -> Dict[str, float]:
         started = time.perf_counter()
-        metrics = evaluate(self.model, self.dataset, self.config, split, self.world)
+        metrics = evaluate(self.model, self.dataset, self.config, split, self.world, lambda: bool(self.received))
         line = {"split": split, "step": self.position.step, "epoch": self._epochs_done(), **extra, **metrics}
         self.progression.evaluation({**line, "seconds": round(time.perf_counter() - started, 3)})
         return metrics
@@ -203,12 +209,24 @@ class Trainer:
         self.position = Position(**state["positions"][0])
         results = {}
         for split in evaluation_splits(self.config.data):
-            results[split] = self._evaluate(split, checkpoint="best")
+            try:
+                results[split] = self._evaluate(split, checkpoint="best")
+            except Stopped:  # the end of training is saved
+                raise Interrupted(self._signal()) from None
             if self.world.is_main:
                 results[f"popularity {split}"] = popularity(self.dataset, self.config, split)
         return results
 
-    def _save(self, is_best: bool) -> None:
+    def _stop(self, evaluation_due: bool) -> NoReturn:
+        """Saves and leaves, on all ranks, after a signal to any of them."""
+        self._save(is_best=False, evaluation_due=evaluation_due)
+        self.checkpoints.wait()
+        raise Interrupted(self._signal())
+
+    def _signal(self) -> int:
+        return self.received[0] if self.received else signal.SIGTERM
+
+    def _save(self, is_best: bool, evaluation_due: bool = False) -> None:
         positions = [self.position.to_dict()]
         if self.world.size > 1:
             positions = [None] * self.world.size
@@ -216,24 +234,43 @@ class Trainer:
         state = {
             "step": self.position.step,
             "epoch": self._epochs_done(),
+            "dataset": self.dataset.identity.content_checksum,
             "positions": positions,
+            "deals": [[position.to_dict() for position in world] for world in self.stream.deals],
+            "metrics_bytes": self.run.metrics_size(),
             "users_seen": self.users_seen,
             "best_value": self.best_value,
             "without_better": self.without_better,
+            "evaluated_step": self.evaluated_step,
+            "evaluation_due": evaluation_due,
         }
-        self.checkpoints.save(self.model, self.optimizer, state, self.best_value, is_best)
+        self.checkpoints.save(self.model, self.optimizer, state, is_best)
 
     def _resume(self) -> None:
-        create_optimizer_state(self.model, self.optimizer)
-        state = self.checkpoints.load("last", self.model, self.optimizer)
-        positions = state["positions"]
-        if len(positions) == self.world.size:
-            self.position, self.users_seen = Position(**positions[self.world.rank]), state["users_seen"]
-        else:  # dealt differently now: this epoch starts again
-            self.position = Position(epoch=positions[0]["epoch"], step=positions[0]["step"])
-        self.best_value, self.without_better = state["best_value"], state["without_better"]
+        """Goes on from the newest whole checkpoint, or begins where no checkpoint was ever completed."""
+        state = self.checkpoints.load_newest(self.model, self.optimizer, self._say)
+        if state and state["dataset"] != self.dataset.identity.content_checksum:
+            raise UserError(f"{self.run.path}: its checkpoints were made on another data set; name that by --data.path")
         if self.world.is_main:
-            self.run.forget_after(state["step"])
+            self.run.forget_after(state["metrics_bytes"] if state else 0)
+        if state is None:
+            return
+        self.position, self.stream.deals = positions_after(state, self.world.rank, self.world.size)
+        self.users_seen = state["users_seen"]
+        self.evaluated_step, self.evaluation_due = state["evaluated_step"], state["evaluation_due"]
+        self.best_value, self.without_better = state["best_value"], state["without_better"]
+
+    def _say(self, text: str) -> None:
+        if self.world.is_main:
+            print(text, file=sys.stderr, flush=True)
+
+    def _evaluation_is_due(self) -> bool:
+        every = self.config.evaluation.every_steps
+        return every is not None and self.position.step % every == 0
+
+    def _save_is_due(self) -> bool:
+        every = self.config.trainer.checkpoint_every_steps
+        return every is not None and self.position.step % every == 0 and not self._finished()
 
     def _epochs_done(self) -> int:
         """Epochs finished, the current one included once it has begun."""
@@ -269,21 +306,3 @@ def learning_rate(config: OptimizerConfig, step: int, progress: float) -> float:
 
 def _step_seed(seed: int, rank: int, step: int) -> int:
     return int(np.random.SeedSequence([seed, rank, step, 1]).generate_state(1, np.uint64)[0] >> 1)
-
-
-@contextmanager
-def _signals() -> Iterator[List[int]]:
-    """Collects SIGINT and SIGTERM, so that the current step can end and be saved; a second Ctrl-C breaks off."""
-    received: List[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

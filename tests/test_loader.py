@@ -10,7 +10,7 @@ import torch
 from fuxi_torchrec.batch import EVENTS, NEGATIVES
 from fuxi_torchrec.config import DataConfig, LossConfig
 from fuxi_torchrec.dataset import SequenceDataset, windows
-from fuxi_torchrec.loader import Position, TrainingStream, evaluation_batches, prefetch
+from fuxi_torchrec.loader import Position, TrainingStream, evaluation_batches, positions_after, prefetch
 from fuxi_torchrec.negatives import NegativeSampler
 
 
@@ -53,6 +53,36 @@ def test_a_position_resumes_the_stream_exactly(small_dataset):
     for index in (0, 1, len(whole) // 2, len(whole) - 2):
         rest = stream(small_dataset).epoch(whole[index].position)
         assert [contents(b) for b in rest] == [contents(b) for b in whole[index + 1 :]]
+
+
+@pytest.mark.parametrize("shuffle_buffer", [30, 65536])
+@pytest.mark.parametrize("worlds", [[2, 1], [2, 4], [4, 3, 5, 1]])
+def test_an_epoch_that_moves_between_world_sizes_sees_every_user_once(small_dataset, worlds, shuffle_buffer):
+    """Each world but the last stops in the midst of its work, its ranks at different places."""
+    expected = Counter()
+    for group in SequenceDataset(small_dataset).row_groups:
+        expected.update(windows(SequenceDataset(small_dataset).read(group), DataConfig(), "train").user_ids_U.tolist())
+    seen, state = Counter(), None
+    for number, world_size in enumerate(worlds):
+        after = []
+        for rank in range(world_size):
+            this = stream(small_dataset, rank, world_size, shuffle_buffer=shuffle_buffer)
+            position, this.deals = positions_after(state, rank, world_size) if state else (Position(), [])
+            batches = this.epoch(position)
+            for batch in batches if number == len(worlds) - 1 else itertools.islice(batches, 2 + rank):
+                seen.update(batch.user_ids_B.tolist())
+                position = batch.position
+            after.append(position.to_dict())
+        state = {"positions": after, "deals": [[p.to_dict() for p in world] for world in this.deals]}
+    assert seen == expected and set(seen.values()) == {1}
+
+
+def test_row_groups_are_dealt_evenly(small_dataset):
+    users = [
+        sum(len(batch.user_ids_B) for batch in stream(small_dataset, rank, 4).epoch(Position())) for rank in range(4)
+    ]
+    largest = max(group.num_rows for group in SequenceDataset(small_dataset).row_groups)
+    assert max(users) - min(users) <= largest
 
 
 def test_a_batch_holds_inputs_and_targets_one_behind(small_dataset):
