@@ -109,7 +109,7 @@ def expected_count(
 
 
 def _all_shares(share: RankShare, sizes_differ: bool, device: torch.device) -> List[RankShare]:
-    """Every rank's share. Pools are equally large everywhere; only in-batch items must ask, which waits for the device."""
+    """Every rank's share. Pools are equally large everywhere; only in-batch items must ask, and wait for the device."""
     size = dist.get_world_size()
     if not sizes_differ:
         return [share] * size
@@ -131,8 +131,8 @@ def _repeated_in_batch(ids_P: Tensor, shares: List[RankShare]) -> Tensor:
 
 
 class HistoryMask:
-    """`mask(rows)`: for a slice of the positions, bool [rows, P], True where the candidate is an event of the position's
-    user in this batch. Makes [users of the slice, P] and [rows, P], never [T, P] or [T, P, history].
+    """`mask(rows)`: for a slice of the positions, bool [rows, P], True where the candidate is an event of the
+    position's user in this batch. Makes [users of the slice, P] and [rows, P], never [T, P] or [T, P, history].
 
     Args:
         event_ids_E: int64 events of the batch's users, n + 1 a user.

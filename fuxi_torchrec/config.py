@@ -93,7 +93,7 @@ class LossConfig:
     cross_rank: bool = False
     """Every rank's positions see the pools and in-batch items of all ranks."""
     log_q: bool = False
-    """Subtracts log(expected count) from a candidate's logit, so that the full softmax is estimated (docs/negatives.md)."""
+    """Subtracts log(expected count) from candidates' logits, to estimate the full softmax (docs/negatives.md)."""
     mask_history: bool = False
     """Masks candidates that are among the user's own events in the batch, past or future."""
     temperature: float = 0.05

@@ -124,7 +124,7 @@ class NegativeSampler:
 def training_frequency(config: LossConfig, dataset: SequenceDataset) -> Optional[np.ndarray]:
     """items.parquet's frequency [V], int64, where the config's sampler needs it; else None, and nothing is read."""
     if config.sampling_alpha > 0 or _weighs_in_batch(config):
-        return dataset.items()["frequency"].to_numpy()
+        return dataset.items(["frequency"])["frequency"].to_numpy()
     return None
 
 
