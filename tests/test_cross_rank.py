@@ -7,13 +7,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
 
 from fuxi_torchrec.batch import collate
 from fuxi_torchrec.config import Config, LossConfig, check
 from fuxi_torchrec.dataset import UserRows, Windows
 from fuxi_torchrec.model import build_model
 from fuxi_torchrec.negatives import NegativeSampler
-from fuxi_torchrec.sharding import World, distribute
+from fuxi_torchrec.sharding import World
 
 V, STEP = 40, 7
 FREQUENCY_V = np.random.default_rng(0).zipf(1.5, V).clip(max=100)
@@ -59,7 +60,7 @@ def parts_of(split):
 class UnionSampler(NegativeSampler):
     """What one process would have drawn that draws both ranks' pools: the in-batch items are the union's."""
 
-    def __init__(self, config, split):
+    def __init__(self, config):
         one = replace(config, cross_rank=False)
         super().__init__(
             replace(one, num_negatives=2 * one.num_negatives, uniform_negatives=2 * one.uniform_negatives),
@@ -68,7 +69,6 @@ class UnionSampler(NegativeSampler):
             frequency_V=FREQUENCY_V,
         )
         self.ranks = [NegativeSampler(one, V, 3, rank, FREQUENCY_V) for rank in range(2)]
-        self.split = split
 
     def sample(self, positive_ids_T, step):
         negatives = super().sample(positive_ids_T, step)
@@ -82,7 +82,7 @@ class UnionSampler(NegativeSampler):
 def step_of(config, batch, world):
     """Mean loss over all ranks' positions, and every parameter's gradient."""
     torch.manual_seed(0)
-    model = distribute(build_model(config, V, 1.0, torch.device("cpu")), world)
+    model = DistributedDataParallel(build_model(config, V, 1.0, torch.device("cpu")))
     loss_sum = model(batch)
     total, positions = world.sum(torch.stack([loss_sum.detach().double(), torch.tensor(batch.num_positions).double()]))
     (loss_sum * (world.size / positions)).backward()
@@ -121,7 +121,7 @@ def alone():
 @pytest.mark.parametrize("split", SPLITS)
 def test_two_ranks_give_the_loss_and_gradients_of_one_process_on_the_union(two_processes, alone, case, split):
     config = config_of(case)
-    batch = batch_of(slice(None), UnionSampler(config.loss, split))
+    batch = batch_of(slice(None), UnionSampler(config.loss))
     expected, gradients = step_of(config, batch, alone)
     loss, found = two_processes[case, split]
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
@@ -134,9 +134,8 @@ def test_other_ranks_negatives_do_change_the_loss(two_processes):
     """The comparison above would be empty if both sides ignored the other rank."""
     config = config_of("shared")
     config.loss.cross_rank = False
-    dist_free = NegativeSampler(config.loss, V, 3, 0, FREQUENCY_V)
     torch.manual_seed(0)
     model = build_model(config, V, 1.0, torch.device("cpu"))
-    batch = batch_of(slice(None), dist_free)
+    batch = batch_of(slice(None), NegativeSampler(config.loss, V, 3, 0, FREQUENCY_V))
     own_pool = model(batch) / batch.num_positions
     assert own_pool.item() < two_processes["shared", len(LENGTHS)][0].item() - 0.1

@@ -251,3 +251,25 @@ def test_with_logq_the_expected_gradient_is_the_full_softmaxs(name):
 
     corrected, plain = deviation(True), deviation(False)
     assert corrected < 0.025 and plain > 1.5 * corrected
+
+
+def test_expected_count_is_how_often_two_ranks_offer_an_item():
+    """Ranks that keep some of their distinct positives; the mean of (offered / expected) is 1 for every item but the
+    position's own. Keeping some makes the expectation a little wrong (kept and item are not independent): 2 %."""
+    random, draws = np.random.default_rng(4), 3000
+    ratios = np.zeros((draws, V))
+    for draw in range(draws):
+        offered, shares = set(), []
+        for rank, positions in enumerate((40, 25)):
+            positives = random.choice(V, positions, p=SHARE_V)
+            if rank == 0:
+                positives[0] = POSITIVE
+            distinct = np.unique(positives)
+            some = random.choice(distinct, min(7, len(distinct)), replace=False)
+            offered |= set(some.tolist())
+            shares.append(RankShare(0, len(some), positions, len(some) / len(distinct)))
+        expected = expected_count(torch.zeros(V), torch.from_numpy(SHARE_V), shares, here=0).numpy()
+        ratios[draw] = np.isin(np.arange(V), list(offered)) / expected
+    error = ratios.std(0) / draws**0.5
+    others = np.arange(V) != POSITIVE
+    assert (np.abs(ratios.mean(0) - 1) < 4 * error + 0.02)[others].all()
