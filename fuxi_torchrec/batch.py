@@ -29,7 +29,8 @@ class SequenceBatch(Pipelineable):
     input_index_T: int64 positions of the inputs among the events; their targets stand one behind.
     offsets_B1: int64, inputs of user b are [offsets[b], offsets[b + 1]).
     host_lengths: every user's n, on the host, so that a tower can plan its work without asking the device.
-    negative_index_TK, positive_index_T: see negatives.Negatives; None for a shared pool.
+    has_negatives: the batch was collated with a sampler: there is a loss to take.
+    negative_index_TK … item_share_P: see negatives.Negatives, whose fields they are.
     user_ids_B: int64, on the host.
     target_log_prob_B: float64 on the host, the generator's own log p of each user's last event (synthetic data).
     position: the loader's position behind this batch (what a checkpoint keeps).
@@ -41,19 +42,19 @@ class SequenceBatch(Pipelineable):
     offsets_B1: Tensor
     host_lengths: List[int]
     user_ids_B: Tensor
+    has_negatives: bool = False
     negative_index_TK: Optional[Tensor] = None
     positive_index_T: Optional[Tensor] = None
+    in_batch_index_N: Optional[Tensor] = None
+    in_batch_kept: float = 1.0
+    expected_draws_P: Optional[Tensor] = None
+    item_share_P: Optional[Tensor] = None
     target_log_prob_B: Optional[Tensor] = None
     position: Any = None
 
     @property
     def num_positions(self) -> int:
         return self.input_index_T.numel()
-
-    @property
-    def has_negatives(self) -> bool:
-        """True for batches that were collated with a sampler: there is a loss to take."""
-        return self.negative_index_TK is not None or self.ids[NEGATIVES].values().numel() > 0
 
     def _map(self, move: Callable) -> "SequenceBatch":
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -102,8 +103,13 @@ def collate(
         offsets_B1=torch.from_numpy(np.concatenate([[0], np.cumsum(inputs_B)])),
         host_lengths=inputs_B.tolist(),
         user_ids_B=torch.from_numpy(windows.user_ids_U),
+        has_negatives=sampler is not None,
         negative_index_TK=negatives.index_TK,
         positive_index_T=negatives.positive_index_T,
+        in_batch_index_N=negatives.in_batch_index_N,
+        in_batch_kept=negatives.in_batch_kept,
+        expected_draws_P=negatives.expected_draws_P,
+        item_share_P=negatives.item_share_P,
         target_log_prob_B=None if rows.log_probs_E is None else torch.from_numpy(rows.log_probs_E[stop_B - 1]),
         position=position,
     )

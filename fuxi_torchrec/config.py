@@ -79,11 +79,23 @@ class ModelConfig:
 class LossConfig:
     """Sampled softmax."""
 
-    negatives: Literal["per_token", "shared"] = "per_token"
+    negatives: Literal["per_token", "shared", "in_batch", "mixed"] = "per_token"
     """per_token: num_negatives drawn for every position (the papers); shared: one pool of num_negatives per step and
-    rank (large catalogues)."""
+    rank (large catalogues); in_batch: the batch's positives, each once; mixed: a pool and the batch's positives."""
     num_negatives: int = 128
-    """Drawn uniformly from the catalogue, with replacement."""
+    """Drawn with replacement: for every position (per_token), or for the pool (shared, mixed)."""
+    sampling_alpha: float = 0.0
+    """They are drawn in proportion to (training frequency + 1)^sampling_alpha; 0: uniformly from the catalogue."""
+    uniform_negatives: int = 0
+    """Drawn uniformly besides, into a pool that is otherwise drawn by frequency."""
+    max_in_batch: Optional[int] = None
+    """Most in-batch items a rank offers, chosen at random; null: all (their number is at most that of positions)."""
+    cross_rank: bool = False
+    """Every rank's positions see the pools and in-batch items of all ranks."""
+    log_q: bool = False
+    """Subtracts log(expected count) from candidates' logits, to estimate the full softmax (docs/negatives.md)."""
+    mask_history: bool = False
+    """Masks candidates that are among the user's own events in the batch, past or future."""
     temperature: float = 0.05
     """Divisor of the logits, which are cosines."""
     l2_eps: float = 1e-6
@@ -212,6 +224,7 @@ def check(config: Config) -> None:
     if config.trainer.metric not in METRICS:
         raise UserError(f"trainer.metric: '{config.trainer.metric}' is none of {', '.join(METRICS)}")
     _check_model(config)
+    _check_loss(config.loss)
     _check_split(config)
 
 
@@ -219,12 +232,13 @@ def _bounded(config: Config):
     ones = {
         "data": ("max_sequence_length", "batch_size", "tokens_per_batch", "shuffle_buffer"),
         "model": ("embedding_dim", "num_blocks", "num_heads", "value_dim", "qk_dim", "padded_length"),
-        "loss": ("num_negatives",),
+        "loss": ("num_negatives", "max_in_batch"),
         "evaluation": ("batch_size", "every_epochs", "every_steps"),
         "trainer": ("max_epochs", "max_steps", "log_every_steps", "patience"),
     }
     zeros = {
         "data": ("prefetch",),
+        "loss": ("sampling_alpha", "uniform_negatives"),
         "optimizer": ("weight_decay", "warmup_steps", "min_learning_rate"),
         "trainer": ("seed",),
     }
@@ -256,6 +270,31 @@ def _check_model(config: Config) -> None:
             raise UserError(f"model.channels: {model.channels} must name at least one channel, each once")
         if {"temporal", "bucketed_temporal"} <= set(model.channels):
             raise UserError("model.channels: temporal and bucketed_temporal are two forms of one channel; keep one")
+
+
+def _check_loss(loss: LossConfig) -> None:
+    per_token, pool = loss.negatives == "per_token", loss.negatives in ("shared", "mixed")
+    alone = "every position of per_token has negatives of its own; use shared, in_batch or mixed"
+    refused = (
+        ("cross_rank", per_token and loss.cross_rank, alone),
+        ("mask_history", per_token and loss.mask_history, alone),
+        ("sampling_alpha", not per_token and not pool and loss.sampling_alpha > 0, "in_batch draws nothing; use mixed"),
+        ("uniform_negatives", not pool and loss.uniform_negatives > 0, "only a pool has them; use shared or mixed"),
+        (
+            "uniform_negatives",
+            pool and loss.uniform_negatives > 0 and loss.sampling_alpha == 0,
+            "with loss.sampling_alpha 0 all are uniform; raise loss.num_negatives instead",
+        ),
+        (
+            "max_in_batch",
+            loss.negatives not in ("in_batch", "mixed") and loss.max_in_batch is not None,
+            "no in-batch items are used; use in_batch or mixed, or set null",
+        ),
+    )
+    for key, wrong, why in refused:
+        if wrong:
+            value = getattr(loss, key)
+            raise UserError(f"loss.{key}: {value} does not go with loss.negatives {loss.negatives}: {why}")
 
 
 def _check_split(config: Config) -> None:

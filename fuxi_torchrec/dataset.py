@@ -90,12 +90,12 @@ class SequenceDataset:
                 user = rows.user_ids_U[np.searchsorted(rows.offsets_U1, event, side="right") - 1]
                 raise UserError(f"{where}, user {user}: {what}; prepare the data set again")
 
-    def items(self) -> pa.Table:
-        """items.parquet: item_id, source_id, title, frequency, in the order of item_id."""
+    def items(self, columns: Optional[List[str]] = None) -> pa.Table:
+        """items.parquet: item_id, source_id, title, frequency (or some of them), in the order of item_id."""
         path = join(self.folder, ITEMS_FILE)
         try:
             with path_manager().open(path, "rb") as file:
-                table = pq.read_table(file).sort_by("item_id")
+                table = pq.read_table(file, columns=columns and ["item_id", *columns]).sort_by("item_id")
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{path}: cannot be read ({_first_line(error)}); prepare the data set again") from None
         if table.num_rows != self.identity.num_items:

@@ -12,6 +12,7 @@ from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from fuxi_torchrec.batch import EVENTS, NEGATIVES, SequenceBatch
+from fuxi_torchrec.candidates import HistoryMask, shared_candidates
 from fuxi_torchrec.config import Config, LossConfig
 from fuxi_torchrec.encoders import build_encoder
 from fuxi_torchrec.ops.jagged import JaggedLayout
@@ -39,7 +40,7 @@ class Tower(nn.Module):
 
     Args:
         encoder: jagged item embeddings, timestamps, next timestamps and layout to jagged outputs.
-        config: temperature, normalisation and kind of negatives.
+        config: temperature, normalisation and kinds of negatives.
         precision: "fp32", or "bf16" for autocast inside the encoder; normalisation and loss stay float32.
     """
 
@@ -54,23 +55,19 @@ class Tower(nn.Module):
             return outputs_TD[batch.offsets_B1[1:] - 1]
         positives_TD = l2_normalize(events_ED.index_select(0, batch.input_index_T + 1), self.config.l2_eps)
         candidates_UD = l2_normalize(embeddings[NEGATIVES].values(), self.config.l2_eps)
+        temperature = self.config.temperature
         if batch.negative_index_TK is not None:
+            index_TK, positive_T, draws_U = batch.negative_index_TK, batch.positive_index_T, batch.expected_draws_P
+            bias_U = None if draws_U is None else -draws_U.log()
             return per_token_sampled_softmax(
-                outputs_TD,
-                positives_TD,
-                candidates_UD,
-                batch.negative_index_TK,
-                batch.positive_index_T,
-                self.config.temperature,
+                outputs_TD, positives_TD, candidates_UD, index_TK, positive_T, temperature, bias_U
             )
-        item_ids_E = batch.ids[EVENTS].values()
+        config, item_ids_E = self.config, batch.ids[EVENTS].values()
+        shown = shared_candidates(candidates_UD, positives_TD, batch, config.log_q, config.cross_rank)
+        mask = HistoryMask(item_ids_E, batch.host_lengths, shown.ids_P) if config.mask_history else None
+        positive_ids_T = item_ids_E[batch.input_index_T + 1]
         return shared_sampled_softmax(
-            outputs_TD,
-            positives_TD,
-            candidates_UD,
-            batch.ids[NEGATIVES].values(),
-            item_ids_E[batch.input_index_T + 1],
-            self.config.temperature,
+            outputs_TD, positives_TD, shown.embeddings_PD, shown.ids_P, positive_ids_T, temperature, shown.bias_P, mask
         )
 
     def encode(self, events_ED: Tensor, batch: SequenceBatch) -> Tensor:

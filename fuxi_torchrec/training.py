@@ -24,7 +24,7 @@ from fuxi_torchrec.faults import Interrupted, signals
 from fuxi_torchrec.loader import Position, TrainingStream, positions_after, prefetch, prefetch_depth
 from fuxi_torchrec.metrics import is_better
 from fuxi_torchrec.model import build_model
-from fuxi_torchrec.negatives import NegativeSampler
+from fuxi_torchrec.negatives import NegativeSampler, training_frequency
 from fuxi_torchrec.progress import Progression, Rate
 from fuxi_torchrec.run_folder import RunFolder
 from fuxi_torchrec.sharding import World, build_optimizer, distribute
@@ -48,7 +48,8 @@ class Trainer:
         model = build_model(config, num_items, dataset.identity.time_unit, world.device)
         self.model = distribute(model, world)
         self.optimizer = build_optimizer(self.model, config.optimizer)
-        sampler = NegativeSampler(config.loss, num_items, seed, world.rank)
+        frequency_V = training_frequency(config.loss, dataset)
+        sampler = NegativeSampler(config.loss, num_items, seed, world.rank, frequency_V)
         self.stream = TrainingStream(dataset, config.data, sampler, seed, world.rank, world.size)
         self.checkpoints = Checkpoints(run.checkpoints, config, num_items, world)
         self.position = Position()

@@ -34,31 +34,40 @@ def assert_same(loss, inputs, reference_of):
     "tokens, unique, negatives, width",
     [(300, 40, 7, 12), (1, 2, 1, 3), (0, 4, 3, 3), (257, 40000, 5, 8), (64, 33, 128, 50)],
 )
-def test_per_token_loss_equals_plain_spelling(tokens, unique, negatives, width):
+@pytest.mark.parametrize("biased", [False, True])
+def test_per_token_loss_equals_plain_spelling(tokens, unique, negatives, width, biased):
     inputs = unit_rows(tokens, width, 0), unit_rows(tokens, width, 1), unit_rows(unique, width, 2)
     generator = torch.Generator().manual_seed(3)
     index = torch.randint(0, unique, (tokens, negatives), generator=generator)
     positive = torch.randint(-1, min(unique, 5), (tokens,), generator=generator)
-    loss = per_token_sampled_softmax(*inputs, index, positive, TAU, chunk_tokens=50)
+    bias = 3 * torch.randn(unique, generator=generator) if biased else None
+    loss = per_token_sampled_softmax(*inputs, index, positive, TAU, bias, chunk_tokens=50)
 
     def plain(o, p, c):
-        return sampled_softmax_reference(o, p, c[index], index == positive[:, None], TAU)
+        bias_TK = bias[index] if biased else None
+        return sampled_softmax_reference(o, p, c[index], index == positive[:, None], TAU, bias_TK)
 
     assert_same(loss, inputs, plain)
 
 
 @pytest.mark.parametrize("tokens, pool, width", [(300, 40, 12), (1, 1, 3), (0, 4, 3), (5000, 1024, 4)])
-def test_shared_loss_equals_plain_spelling(tokens, pool, width):
+@pytest.mark.parametrize("hooked", [False, True], ids=["bare", "bias and mask"])
+def test_shared_loss_equals_plain_spelling(tokens, pool, width, hooked):
     inputs = unit_rows(tokens, width, 0), unit_rows(tokens, width, 1), unit_rows(pool, width, 2)
     generator = torch.Generator().manual_seed(3)
     pool_ids = torch.randint(0, 2**40, (pool,), generator=generator)
     positive_ids = pool_ids[torch.randint(0, pool, (tokens,), generator=generator)]
     positive_ids[::2] = -1
-    loss = shared_sampled_softmax(*inputs, pool_ids, positive_ids, TAU)
+    bias = 3 * torch.randn(pool, generator=generator) if hooked else None
+    hidden = torch.rand(tokens, pool, generator=generator) < 0.3
+    hook = (lambda rows: hidden[rows]) if hooked else None
+    loss = shared_sampled_softmax(*inputs, pool_ids, positive_ids, TAU, bias, hook)
 
     def plain(o, p, c):
-        collisions = pool_ids[None] == positive_ids[:, None]
-        return sampled_softmax_reference(o, p, c[None].expand(tokens, -1, -1), collisions, TAU)
+        masked = pool_ids[None] == positive_ids[:, None]
+        masked = masked | hidden if hooked else masked
+        bias_TK = bias[None].expand(tokens, -1) if hooked else None
+        return sampled_softmax_reference(o, p, c[None].expand(tokens, -1, -1), masked, TAU, bias_TK)
 
     assert_same(loss, inputs, plain)
 

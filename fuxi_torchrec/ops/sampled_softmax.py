@@ -8,7 +8,7 @@ are made in float32, turned into the three gradients, and dropped. What is kept 
 """
 
 import warnings
-from typing import Optional, Tuple
+from typing import Callable, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ MASKED_LOGIT = -5e4
 # Tokens a chunk. 2,048 rows of outputs stay in a core's cache while the table's gradient gathers them in id order:
 # 29 ms against 123 ms for one chunk of 14,627 tokens x 128 of 3,706 candidates, D = 50, two cores.
 CHUNK_TOKENS = 2048
+# rows (a slice of the tokens) -> bool [rows, P], True for candidates to leave out.
+CandidateMask = Callable[[slice], Tensor]
 # Logits of a chunk with a shared pool, in elements.
 SHARED_CHUNK_ELEMENTS = 1 << 22
 
@@ -50,19 +52,27 @@ class _L2Normalize(torch.autograd.Function):
 
 
 def sampled_softmax_reference(
-    outputs_TD: Tensor, positives_TD: Tensor, negatives_TKD: Tensor, is_collision_TK: Tensor, temperature: float
+    outputs_TD: Tensor,
+    positives_TD: Tensor,
+    negatives_TKD: Tensor,
+    is_masked_TK: Tensor,
+    temperature: float,
+    bias_TK: Optional[Tensor] = None,
 ) -> Tensor:
-    """The plain spelling, for tests: sum over tokens of −log( e^{s⁺} / (e^{s⁺} + Σ e^{s⁻}) ).
+    """The plain spelling, for tests: sum over tokens of −log( e^{s⁺} / (e^{s⁺} + Σ e^{s⁻ + bias}) ).
 
     Args:
         outputs_TD, positives_TD: L2-normalised outputs and embeddings of their positives.
         negatives_TKD: every token's negatives, gathered.
-        is_collision_TK: bool, True where the negative is the token's positive; masked to −5e4.
-        temperature: τ, the divisor of every logit.
+        is_masked_TK: bool, True where the negative is the token's positive (or history); masked to −5e4.
+        temperature: τ, the divisor of every product.
+        bias_TK: what is added to the negatives' logits after that; None for nothing.
     """
     positive_T1 = (outputs_TD * positives_TD).sum(-1, keepdim=True) / temperature
     negative_TK = torch.einsum("td,tkd->tk", outputs_TD, negatives_TKD) / temperature
-    negative_TK = negative_TK.masked_fill(is_collision_TK, MASKED_LOGIT)
+    if bias_TK is not None:
+        negative_TK = negative_TK + bias_TK
+    negative_TK = negative_TK.masked_fill(is_masked_TK, MASKED_LOGIT)
     return -torch.log_softmax(torch.cat([positive_T1, negative_TK], 1), 1)[:, 0].sum()
 
 
@@ -73,6 +83,7 @@ def per_token_sampled_softmax(
     negative_index_TK: Tensor,
     positive_index_T: Tensor,
     temperature: float,
+    bias_U: Optional[Tensor] = None,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> Tensor:
     """Sampled softmax with K negatives drawn for every token, looked up once per unique id.
@@ -85,6 +96,7 @@ def per_token_sampled_softmax(
         positive_index_T: the row of candidates_UD that holds the token's own positive, −1 where none does; negatives
             that equal it are masked.
         temperature: τ.
+        bias_U: float32 constants added to the candidates' logits (logQ); None for nothing.
         chunk_tokens: least tokens handled at a time.
 
     Returns:
@@ -92,7 +104,7 @@ def per_token_sampled_softmax(
     """
     inputs = (outputs_TD.float(), positives_TD.float(), candidates_UD.float())
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    return _PerToken.apply(*inputs, negative_index_TK, positive_index_T, temperature, chunk_tokens, needs_grad)
+    return _PerToken.apply(*inputs, negative_index_TK, positive_index_T, temperature, bias_U, chunk_tokens, needs_grad)
 
 
 def shared_sampled_softmax(
@@ -102,6 +114,8 @@ def shared_sampled_softmax(
     pool_ids_P: Tensor,
     positive_ids_T: Tensor,
     temperature: float,
+    bias_P: Optional[Tensor] = None,
+    mask: Optional[CandidateMask] = None,
 ) -> Tensor:
     """Sampled softmax with one pool of negatives for all tokens: the logits of a chunk are one matrix product.
 
@@ -109,13 +123,15 @@ def shared_sampled_softmax(
         outputs_TD, positives_TD, pool_PD: L2-normalised outputs, positives' embeddings, and the pool's.
         pool_ids_P, positive_ids_T: item ids; a pool item that is the token's positive is masked.
         temperature: τ.
+        bias_P: float32 constants added to the pool's logits (logQ; MASKED_LOGIT takes an entry out for all tokens).
+        mask: further candidates to leave out, asked for one chunk of tokens at a time.
 
     Returns:
         The summed loss, float32 scalar, differentiable in outputs, positives and pool.
     """
     inputs = (outputs_TD.float(), positives_TD.float(), pool_PD.float())
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    return _Shared.apply(*inputs, pool_ids_P, positive_ids_T, temperature, needs_grad)
+    return _Shared.apply(*inputs, pool_ids_P, positive_ids_T, temperature, bias_P, mask, needs_grad)
 
 
 def _chunk_loss(positive_C: Tensor, negative_CX: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -141,7 +157,9 @@ def _scaled_gradients(ctx, grad_loss: Tensor) -> Tuple[Optional[Tensor], ...]:
 
 class _PerToken(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, outputs_TD, positives_TD, candidates_UD, index_TK, positive_index_T, tau, chunk_tokens, needs_grad):
+    def forward(
+        ctx, outputs_TD, positives_TD, candidates_UD, index_TK, positive_index_T, tau, bias_U, chunk_tokens, needs_grad
+    ):
         tokens, negatives = index_TK.shape
         unique = candidates_UD.shape[0]
         # Every chunk sweeps the whole candidates' gradient once, so many candidates want larger chunks.
@@ -155,6 +173,8 @@ class _PerToken(torch.autograd.Function):
             rows = slice(start, start + chunk)
             index_CK, scaled_CD = index_TK[rows].int(), scaled_TD[rows]
             scores_CK = _sampled_products(scaled_CD, candidates_UD, index_CK)
+            if bias_U is not None:
+                scores_CK += bias_U[index_CK]
             scores_CK.masked_fill_(index_CK == positive_index_T[rows, None], MASKED_LOGIT)
             chunk_loss, weight_C, numerator_CK, factor_C1 = _chunk_loss(positive_T[rows], scores_CK)
             loss += chunk_loss
@@ -164,7 +184,7 @@ class _PerToken(torch.autograd.Function):
                 torch.addcmul(mean_CD, pull_C1, positives_TD[rows], out=grads[0][rows]).div_(tau)
                 torch.mul(pull_C1, scaled_CD, out=grads[1][rows])
                 _add_transposed(grads[2], index_CK, numerator_CK, factor_C1 * scaled_CD)
-        _save_scaled(ctx, grads, count=8)
+        _save_scaled(ctx, grads, count=9)
         return loss.float()
 
     @staticmethod
@@ -174,7 +194,7 @@ class _PerToken(torch.autograd.Function):
 
 class _Shared(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, outputs_TD, positives_TD, pool_PD, pool_ids_P, positive_ids_T, tau, needs_grad):
+    def forward(ctx, outputs_TD, positives_TD, pool_PD, pool_ids_P, positive_ids_T, tau, bias_P, mask, needs_grad):
         chunk = max(1, SHARED_CHUNK_ELEMENTS // max(pool_PD.shape[0], 1))
         grads = tuple(torch.zeros_like(x) for x in (outputs_TD, positives_TD, pool_PD)) if needs_grad else None
         loss = outputs_TD.new_zeros((), dtype=torch.float64)
@@ -184,7 +204,11 @@ class _Shared(torch.autograd.Function):
             rows = slice(start, start + chunk)
             scaled_CD = scaled_TD[rows]
             scores_CP = scaled_CD @ pool_PD.t()
+            if bias_P is not None:
+                scores_CP += bias_P
             scores_CP.masked_fill_(pool_ids_P[None, :] == positive_ids_T[rows, None], MASKED_LOGIT)
+            if mask is not None:
+                scores_CP.masked_fill_(mask(rows), MASKED_LOGIT)
             chunk_loss, weight_C, numerator_CP, factor_C1 = _chunk_loss(positive_T[rows], scores_CP)
             loss += chunk_loss
             if needs_grad:
@@ -193,7 +217,7 @@ class _Shared(torch.autograd.Function):
                 torch.addcmul(mean_CD, pull_C1, positives_TD[rows], out=grads[0][rows]).div_(tau)
                 torch.mul(pull_C1, scaled_CD, out=grads[1][rows])
                 grads[2].addmm_(numerator_CP.t(), factor_C1 * scaled_CD)
-        _save_scaled(ctx, grads, count=7)
+        _save_scaled(ctx, grads, count=9)
         return loss.float()
 
     @staticmethod
