@@ -3,6 +3,7 @@
 Only jsonargparse is imported here: `--help` must answer at once. The work is imported when it is done.
 """
 
+import sys
 from typing import Any, Dict, List, Optional
 
 COMMANDS = {
@@ -10,6 +11,8 @@ COMMANDS = {
     "events": "any event log: CSV or Parquet files, larger than memory if need be",
     "synthetic": "generated sequences whose cross-entropy floor is known, or a MovieLens-like archive",
 }
+YEAR_2200 = 7_258_118_400  # seconds since 1970
+DEFAULT_CLUSTERS = 32
 
 
 def add_subcommands(prepare_parser) -> None:
@@ -41,6 +44,8 @@ def run(command: str, arguments) -> None:
         identity = _run_synthetic(given)
     if identity is not None:
         print("\n".join(summary(identity, given["output"])))
+        if identity.max_timestamp * identity.time_unit > YEAR_2200:
+            print("warning: the newest time lies beyond the year 2200; are these milliseconds? (--time-unit ms)", file=sys.stderr)
 
 
 def summary(identity, output: str) -> List[str]:
@@ -68,6 +73,8 @@ def summary(identity, output: str) -> List[str]:
 def _run_synthetic(given: Dict[str, Any]):
     if given.pop("format") == "sequences":
         from data_pipelines.synthetic import prepare_synthetic
+
+        given.setdefault("clusters", min(DEFAULT_CLUSTERS, max(given["items"], 1)))
 
         return prepare_synthetic(**given)
     from data_pipelines.movielens_like import write_movielens_archive
@@ -117,7 +124,7 @@ def _synthetic(parser) -> None:
     _flag(parser, "--format", type=formats, default="sequences", help="ml-1m: a zip for 'prepare movielens'")
     _flag(parser, "--seed", type=int, default=0)
     # The defaults of these stand in generator.Generator, and for ml-1m in movielens_like: once each.
-    _flag(parser, "--clusters", type=Optional[int], help="groups of items (default 32; ml-1m: 18 genres)")
+    _flag(parser, "--clusters", type=Optional[int], help="groups of items (default 32, or one an item if there are fewer; ml-1m: 18 genres)")
     _flag(parser, "--epsilon", type=Optional[float], help="share of events that ignore the history (default 0.2)")
     _flag(parser, "--decay", type=Optional[float], help="power of time by which events lose weight (default 1)")
     _flag(parser, "--zipf-exponent", type=Optional[float], help="of the popularity laws (default 1)")

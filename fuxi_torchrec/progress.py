@@ -27,7 +27,7 @@ class Progression:
 
         self.run, self.is_main = run, is_main
         self.console = Console(stderr=True)
-        self.writer = SummaryWriter(run.tensorboard, purge_step=first_step) if is_main else None
+        self.writer = SummaryWriter(run.tensorboard, purge_step=first_step + 1 if first_step else None) if is_main else None
         self.bar: Optional[Progress] = None
         if is_main and self.console.is_terminal:
             columns = (BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -103,18 +103,23 @@ class Rate:
 
 
 def print_results(rows: Dict[str, Dict[str, Any]], title: str) -> None:
-    """A titled table on standard output: a row a model, a column a metric, then the floor where the data has one."""
+    """A titled table on standard output: a row a model, a column a metric; below it, how far
+    from the floor the models are, where the data has one."""
     first = next(iter(rows.values()))
     names: List[str] = [name for name in TABLE_METRICS if name in first]
-    names += [name for name in first if name.startswith("cross_entropy_")]
     table = Table()
     table.add_column("model")
     for name in names:
-        table.add_column(name.replace("cross_entropy_", "ce_"), justify="right")
+        table.add_column(name, justify="right")
     for model, metrics in rows.items():
         table.add_row(model, *(f"{metrics[name]:.4f}" if name in metrics else "" for name in names))
     print(f"\n{title}")
     _console().print(table)
+    for model, metrics in rows.items():
+        if "cross_entropy_floor" in metrics:
+            above, error = metrics["cross_entropy_minus_floor"], metrics["cross_entropy_minus_floor_stderr"]
+            floor = metrics["cross_entropy_floor"]
+            print(f"{model}'s cross-entropy is {above:.4f} ± {error:.4f} above the data's floor of {floor:.4f}")
 
 
 def print_recommendations(recommendations: Any) -> None:

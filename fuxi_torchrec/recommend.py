@@ -3,6 +3,7 @@
 Shape suffixes: B users, k recommendations.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Dict, List, Optional, Sequence, Tuple
 
@@ -42,6 +43,9 @@ class Catalogue:
         self.titles = [title or "" for title in titles]
         self._dense = {str(source): dense for dense, source in enumerate(self.source_ids)}
 
+    def has(self, source_id: str) -> bool:
+        return source_id.strip() in self._dense
+
     def dense(self, source_id: str) -> int:
         """Raises UserError for an id that the catalogue does not have."""
         try:
@@ -50,15 +54,21 @@ class Catalogue:
             raise UserError(f"item {source_id!r} is not in the catalogue of {len(self.source_ids)} items") from None
 
 
+def to_int64(text: str, what: str) -> int:
+    """Raises UserError for text that is no int64 in plain digits."""
+    if not re.fullmatch(r"\s*-?[0-9]{1,19}\s*", text) or not -(2**63) <= int(text) < 2**63:
+        raise UserError(f"{what}: {text!r} is not an integer of 64 bits")
+    return int(text)
+
+
 def history_request(text: str, catalogue: Catalogue, at: int) -> Request:
     """A history `item,item@time,…` of the source's item ids, oldest first; items without a time happen at `at`."""
     events: List[Tuple[int, int]] = []
     for part in text.split(","):
-        item, _, when = part.partition("@")
-        try:
-            events.append((catalogue.dense(item), int(when) if when else at))
-        except ValueError:
-            raise UserError(f"--history: time {when!r} of item {item!r} is not an integer number of ticks") from None
+        item, mark, when = (part, "", "") if catalogue.has(part) else part.rpartition("@")
+        if not mark:
+            item = part
+        events.append((catalogue.dense(item), to_int64(when, f"--history: the time of item {item!r}") if mark else at))
     events.sort(key=lambda event: event[1])  # stable
     return Request("history", np.array([e[0] for e in events]), np.array([e[1] for e in events]))
 
@@ -89,7 +99,7 @@ def _user_ids(dataset: SequenceDataset, users: Sequence[str]) -> Dict[str, int]:
         known = table.filter(names)
         ids = dict(zip(known["source_id"].to_pylist(), known["user_id"].to_pylist()))
     else:
-        ids = {user: int(user) for user in users if user.lstrip("-").isdigit() and -(2**63) <= int(user) < 2**63}
+        ids = {user: to_int64(user, "--users") for user in users}
     for user in users:
         if user not in ids:
             raise UserError(f"user {user!r} is not among the {dataset.identity.num_users} users of {dataset.folder}")
