@@ -10,6 +10,7 @@ The newest `trainer.keep_checkpoints` and the best are kept.
 import json
 import threading
 import warnings
+from datetime import timedelta
 from typing import Any, Dict, List, Optional
 
 import torch
@@ -57,6 +58,7 @@ class Checkpoints:
         }
         wanted = config.trainer.async_checkpoint
         self.in_background = wanted if wanted is not None else world.device.type == "cuda"
+        self.timeout = timedelta(minutes=config.trainer.timeout_minutes)
         self.best: Optional[str] = None
         self._group: Optional[dist.ProcessGroup] = None  # of the background's own, so that it meets no other collective
         self._thread: Optional[threading.Thread] = None
@@ -82,7 +84,7 @@ class Checkpoints:
         if not self.in_background:
             return self._write(name, tensors, marker)
         if self._group is None:
-            self._group = dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend="gloo", timeout=self.timeout)
         staged = BlockingAsyncStager().stage(tensors)
         self._thread = threading.Thread(target=self._write_later, args=(name, staged, marker), daemon=True)
         self._thread.start()

@@ -1,8 +1,8 @@
 """Streams of batches. What comes next is a function of (seed, epoch, rank, position), so a position resumes exactly.
 
 An epoch shuffles the row groups, deals them to the ranks, and shuffles the users inside buffers of whole row groups.
-Only the current buffer is in memory; a position is (epoch, buffer, users already taken of it). What the ranks' positions
-leave of an epoch can be dealt again to another number of ranks: no user is seen twice, and none is left out.
+Only the current buffer is in memory; a position is (epoch, buffer, users already taken of it). What is left of an epoch
+can be dealt again to another number of ranks: no user is seen twice, and none is left out.
 """
 
 import queue

@@ -61,7 +61,9 @@ class World:
 def start_world(device: str = "auto", timeout_minutes: float = 30.0) -> Iterator[World]:
     """Joins the process group that torchrun described in the environment, or makes one of this process alone.
 
-    nccl on CUDA, gloo elsewhere. A collective that waits longer than timeout_minutes fails. Raises UserError where CUDA is asked for and absent.
+    nccl on CUDA, gloo elsewhere. A collective that waits longer than timeout_minutes fails.
+
+    Raises UserError where CUDA is asked for and absent.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("trainer.device: cuda is asked for, but torch sees no GPU here; use cpu or auto")

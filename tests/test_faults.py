@@ -191,7 +191,7 @@ def test_sigterm_to_torchrun_saves_and_one_process_goes_on(small_dataset, undist
     assert launch.until(lambda: step_of(run) >= 11)
     os.kill(launch.process.pid, signal.SIGTERM)
     started = time.monotonic()
-    assert launch.wait() != 0
+    assert launch.wait() == 1  # torchrun's own, whatever its workers' is
     assert time.monotonic() - started < 20
     assert "stopped by SIGTERM" in launch.errors.read_text() and not launch.complaints()
     saved = json.load(open(run / "checkpoints" / "index.json"))["last"]
@@ -238,7 +238,7 @@ def test_another_world_size_gets_the_same_model_and_goes_on(
 @pytest.mark.parametrize(
     "before, options, says",
     [
-        ("if os.environ['RANK'] == '1': sys.argv += ['--optimizer.learning_rate', '0.5']\n", (), "rank 1: optimizer.le"),
+        ("if os.environ['RANK'] == '1': sys.argv += ['--optimizer.learning_rate', '0.5']\n", (), "rank 1: optimizer"),
         ("", ("--data.path", "TINY"), "1 row groups of users are too few for 2 processes"),
         (
             "from fuxi_torchrec.dataset import SequenceDataset\nread = SequenceDataset.read\n"
@@ -249,7 +249,7 @@ def test_another_world_size_gets_the_same_model_and_goes_on(
             (),
             "rank 1: /nowhere/part.parquet, row group 0: cannot be read",
         ),
-        ("", ("--resume", "--model.num_blocks", "3"), "a checkpoint of another model; model.num_blocks is 2 there and 3"),
+        ("", ("--resume", "--model.num_blocks", "3"), "checkpoint of another model; model.num_blocks is 2 there"),
     ],
     ids=["another config", "too little data", "unreadable shard", "another model"],
 )

@@ -44,7 +44,8 @@ class DropoutMask:
             count, dropped = like.numel(), round(p * _LEVELS)
             # torch's own generator draws 64 bits in 5 ns; here it only seeds one that takes a fifth of that.
             seed = torch.randint(2**63 - 1, (1,)).item()
-            words = np.random.Generator(np.random.SFC64(seed)).integers(-(2**63), 2**63 - 1, (count + 3) // 4, endpoint=True)
+            generator = np.random.Generator(np.random.SFC64(seed))
+            words = generator.integers(-(2**63), 2**63 - 1, (count + 3) // 4, endpoint=True)
             self.bits = torch.from_numpy(words.view(np.int16))[:count].view(like.shape)  # torch views nothing empty so
             self.smallest_kept = dropped - _LEVELS // 2
             self.factor = _LEVELS / (_LEVELS - dropped)
