@@ -251,7 +251,8 @@ def create_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -
     A step on zero gradients; it leaves no trace, since loading overwrites parameters and state.
     """
     for parameter in model.parameters():
-        if parameter.requires_grad and parameter.grad is None:
+        is_fused = hasattr(parameter, "_in_backward_optimizers")  # its state has existed since the table was made
+        if parameter.requires_grad and parameter.grad is None and not is_fused:
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()

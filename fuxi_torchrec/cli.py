@@ -12,6 +12,7 @@ from fuxi_torchrec.errors import LostProcess, UserError
 COMMANDS = {
     "prepare": "raw data (MovieLens, event logs, synthetic) -> a data set folder",
     "train": "train a config on a data set, into a run folder",
+    "plan": "how a table would be cut over a cluster: memory, traffic, and whether it fits",
     "evaluate": "rank a split's targets with a run's saved model",
     "recommend": "top-k items for users, or for a history given by hand",
 }
@@ -33,6 +34,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
     handlers: Dict[str, Callable[[List[str]], int]] = {
         "prepare": _prepare,
         "train": _train,
+        "plan": _plan,
         "evaluate": _evaluate,
         "recommend": _recommend,
     }
@@ -114,6 +116,7 @@ def _train(arguments: List[str]) -> int:
 
 
 def _run_training(config: Any, output: str, resume: bool) -> int:
+    from fuxi_torchrec.config import check_table
     from fuxi_torchrec.data_format import read_identity
 
     if "://" not in config.data.path:
@@ -122,10 +125,11 @@ def _run_training(config: Any, output: str, resume: bool) -> int:
     _check_environment(config.trainer.device)
     from fuxi_torchrec.dataset import SequenceDataset
     from fuxi_torchrec.faults import Interrupted, check_enough_data, check_same_start, fail_together
-    from fuxi_torchrec.sharding import start_world
+    from fuxi_torchrec.sharding import device_type, start_world
     from fuxi_torchrec.training import Trainer
 
     trainer = config.trainer
+    check_table(config, device_type(trainer.device))
     with start_world(trainer.device, trainer.timeout_minutes) as world, fail_together(world):
         dataset = SequenceDataset(config.data.path)
         check_same_start(world, config.to_dict(), dataset.identity.content_checksum)
@@ -150,6 +154,12 @@ def _start_run(output: str, config: Any, dataset: Any, resume: bool, world: Any)
     if world.is_main:
         run, resume = RunFolder.start(output, config, dataset.identity, resume)
     return run, world.from_main(resume)
+
+
+def _plan(arguments: List[str]) -> int:
+    from fuxi_torchrec.plan_command import plan
+
+    return plan(arguments)
 
 
 def _evaluate(arguments: List[str]) -> int:

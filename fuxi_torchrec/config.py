@@ -104,10 +104,21 @@ class LossConfig:
 
 @dataclass
 class TableConfig:
-    """The item table."""
+    """The item table: how it is cut over the ranks, and what trains it. docs/sharding.md."""
 
-    sharding: Literal["replicated"] = "replicated"
-    """replicated: every rank holds the whole table (the papers); so far the only kind."""
+    sharding: Literal["auto", "replicated", "row_wise", "table_wise", "column_wise"] = "auto"
+    """replicated: every rank holds the whole table, trained by AdamW (the papers). row_wise, table_wise, column_wise:
+    each rank holds a part. auto: replicated where table, gradient and AdamW's state take at most 2 % of a rank's
+    memory, else the planner's choice."""
+    optimizer: Optional[Literal["adamw", "rowwise_adagrad", "adagrad", "adam"]] = None
+    """null: adamw for a replicated table, rowwise_adagrad for a sharded one. adamw trains only replicated tables, the
+    others only sharded ones, inside backward; adam needs CUDA."""
+    learning_rate: Optional[float] = None
+    """Highest learning rate of a sharded table; follows the schedule of optimizer.learning_rate, which null takes."""
+    hbm_gb: Optional[float] = None
+    """GPU memory of a rank, GiB, that the planner counts with; null: the device's own."""
+    ddr_gb: Optional[float] = None
+    """Host memory of a rank, GiB; null: the machine's, shared by its ranks."""
 
 
 @dataclass
@@ -127,7 +138,7 @@ class OptimizerConfig:
     min_learning_rate: float = 0.0
     """Where the cosine ends."""
     clip_grad_norm: Optional[float] = None
-    """Largest global gradient norm; null: no clipping."""
+    """Largest global gradient norm; null: no clipping. A sharded table is updated inside backward, unclipped."""
 
 
 @dataclass
@@ -172,6 +183,9 @@ class TrainerConfig:
     """Write checkpoints in the background from a copy in CPU memory; null: where training is on a GPU."""
     timeout_minutes: float = 30.0
     """A process that keeps the others waiting longer than this is given up, and the run stops."""
+    train_pipeline: Optional[Literal["base", "sparse_dist"]] = None
+    """sparse_dist: the ids of the next batch are exchanged while this one computes; null: sparse_dist on CUDA where the
+    table is sharded, else base."""
     metric: str = "ndcg@10"
     """Higher is better, except for cross_entropy. Decides the best checkpoint and early stopping."""
     patience: Optional[int] = None
@@ -225,6 +239,7 @@ def check(config: Config) -> None:
         raise UserError(f"trainer.metric: '{config.trainer.metric}' is none of {', '.join(METRICS)}")
     _check_model(config)
     _check_loss(config.loss)
+    check_table(config)
     _check_split(config)
 
 
@@ -295,6 +310,38 @@ def _check_loss(loss: LossConfig) -> None:
         if wrong:
             value = getattr(loss, key)
             raise UserError(f"loss.{key}: {value} does not go with loss.negatives {loss.negatives}: {why}")
+
+
+def check_table(config: Config, device_type: Optional[str] = None) -> None:
+    """Refuses pairs of sharding, optimizer and device that cannot train. device_type: "cpu" or "cuda" where something is
+    to be trained; a model can be evaluated on another device than trained it."""
+    table = config.table
+    for key in ("learning_rate", "hbm_gb", "ddr_gb"):
+        if getattr(table, key) is not None and not getattr(table, key) > 0:
+            raise UserError(f"table.{key}: {getattr(table, key)} must be greater than 0; null takes the default")
+    if table.optimizer == "adamw" and table.sharding not in ("auto", "replicated"):
+        raise UserError(
+            f"table.optimizer: adamw trains only replicated tables, not table.sharding={table.sharding}; take "
+            "rowwise_adagrad or adagrad (or adam on CUDA), or table.sharding=replicated"
+        )
+    if table.optimizer not in (None, "adamw") and table.sharding == "replicated":
+        raise UserError(
+            f"table.optimizer: {table.optimizer} runs inside backward and trains only sharded tables, not "
+            "table.sharding=replicated; take adamw, or table.sharding=auto, row_wise, table_wise or column_wise"
+        )
+    if table.optimizer == "adam" and device_type == "cpu":
+        raise UserError(
+            "table.optimizer: fbgemm has no fused adam on a CPU; take rowwise_adagrad or adagrad, or trainer.device=cuda"
+        )
+    if table.sharding == "replicated" and table.learning_rate is not None:
+        raise UserError(
+            "table.learning_rate: a replicated table is trained with the rest, by optimizer.learning_rate; set null"
+        )
+    if table.sharding not in ("auto", "replicated") and config.model.embedding_dim % 4:
+        raise UserError(
+            f"model.embedding_dim: fbgemm's sharded tables need a multiple of 4, not {config.model.embedding_dim}; "
+            "change it, or take table.sharding=replicated"
+        )
 
 
 def _check_split(config: Config) -> None:

@@ -10,14 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fuxi_torchrec.batch import EVENTS, SequenceBatch
+from fuxi_torchrec import full_ranking
+from fuxi_torchrec.batch import EVENTS, SequenceBatch, collate
 from fuxi_torchrec.config import Config
-from fuxi_torchrec.dataset import SequenceDataset, ranges, windows
+from fuxi_torchrec.dataset import SequenceDataset, UserRows, Windows, ranges, windows
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.loader import evaluation_batches, prefetch, prefetch_depth
 from fuxi_torchrec.metrics import metric_sums
 from fuxi_torchrec.ops.ranking import NonFiniteScore, Ranking, Seen, rank_targets
-from fuxi_torchrec.sharding import World, local_table
+from fuxi_torchrec.sharding import World, is_sharded
 
 
 class Stopped(Exception):
@@ -54,16 +55,17 @@ def evaluate(
         raise Stopped
     with torch.inference_mode():
         try:
-            ranking = rank_targets(
+            ranking = full_ranking.rank_targets(
+                model,
+                world,
                 queries.query_BD,
-                local_table(model),
                 queries.target_B,
                 queries.seen,
                 config.loss.temperature,
-                normalize_eps=config.loss.l2_eps,
+                config.loss.l2_eps,
             )
         except NonFiniteScore as error:
-            user = int(queries.user_ids_B[error.query])
+            user = _user_of(error, queries, model, world)
             raise UserError(f"evaluation: non-finite score for user {user}; the model has diverged") from None
     sums = metric_sums(*ranking)
     if dataset.has_log_probs:
@@ -86,16 +88,44 @@ def encode_queries(
     model.eval()
     try:
         depth = prefetch_depth(config.data, world.device.type)
-        batches = takewhile(lambda batch: not stop(), _batches(dataset, config, split, world))
-        for batch in prefetch(batches, depth):
+        batches = prefetch(takewhile(lambda batch: not stop(), _batches(dataset, config, split, world)), depth)
+        for batch in _in_step(batches, model, world):
             batch = batch.to(world.device)
-            with torch.inference_mode():
+            with torch.no_grad():  # fbgemm's fused tables know no inference mode
                 query_BD = model(batch)
             parts.append(_queries(batch, query_BD, users))
             users += len(query_BD)
     finally:
         model.train(was_training)
     return _joined(parts, config.model.embedding_dim, world.device)
+
+
+def _in_step(batches: Iterator[SequenceBatch], model: nn.Module, world: World) -> Iterator[SequenceBatch]:
+    """Ranks look a sharded table up together: one without a batch left takes part with an empty lookup until all are
+    done. A replicated table asks for no such thing."""
+    if world.size == 1 or not is_sharded(model):
+        yield from batches
+        return
+    nothing = np.zeros(0, dtype=np.int64)
+    empty = collate(UserRows(nothing, np.zeros(1, np.int64), nothing, nothing), Windows(nothing, nothing, nothing))
+    while True:
+        batch = next(batches, None)
+        left = world.sum(torch.tensor([batch is not None], dtype=torch.int64, device=world.device))
+        if left == 0:
+            return
+        if batch is not None:
+            yield batch
+        else:
+            with torch.no_grad():
+                for found in model.module.embeddings(empty.ids.to(world.device)).values():
+                    found.values()  # waits for the exchange
+
+
+def _user_of(error: NonFiniteScore, queries: Queries, model: nn.Module, world: World) -> int:
+    """Whose score it was, on every rank that meets the error: all do where the table is sharded."""
+    least = torch.iinfo(torch.int64).min
+    user = int(queries.user_ids_B[error.query]) if error.query >= 0 else least
+    return int(world.max(torch.tensor([user], device=world.device))) if is_sharded(model) else user
 
 
 def popularity(dataset: SequenceDataset, config: Config, split: str) -> Dict[str, float]:

@@ -17,6 +17,7 @@ from fuxi_torchrec.config import Config, LossConfig
 from fuxi_torchrec.encoders import build_encoder
 from fuxi_torchrec.ops.jagged import JaggedLayout
 from fuxi_torchrec.ops.sampled_softmax import l2_normalize, per_token_sampled_softmax, shared_sampled_softmax
+from fuxi_torchrec.tables import init_rows
 
 TABLE = "item"
 
@@ -83,25 +84,31 @@ class Tower(nn.Module):
         return l2_normalize(outputs_TD, self.config.l2_eps)
 
 
-def init_table(weight: Tensor) -> Tensor:
-    """Normal, σ = 0.02, truncated at 2 σ (model page, "Input")."""
-    return nn.init.trunc_normal_(weight, std=0.02, a=-0.04, b=0.04)
-
-
-def build_model(config: Config, num_items: int, time_unit: float, device: torch.device) -> SequenceRecommender:
-    """The model of a run, unsharded, on `device`. Initial values depend on torch's seed alone.
+def build_model(
+    config: Config, num_items: int, time_unit: float, device: torch.device, on_meta: bool = False
+) -> SequenceRecommender:
+    """The model of a run, unsharded, on `device`. Initial values depend on trainer.seed (the table's) and on torch's seed
+    (the encoder's) alone.
 
     Args:
         num_items: V, rows of the item table.
         time_unit: seconds per tick of the data set's timestamps.
+        on_meta: leave the table without storage, for a rank that will hold a part of it or none.
     """
+    # The encoder first: a table that is made at once draws from torch's generator, one on the meta device doesn't.
+    encoder = build_encoder(config.model, padded_length=config.padded_length, time_unit=time_unit).to(device)
+    width, seed = config.model.embedding_dim, config.trainer.seed
     table = EmbeddingConfig(
         name=TABLE,
-        embedding_dim=config.model.embedding_dim,
+        embedding_dim=width,
         num_embeddings=num_items,
         feature_names=[EVENTS, NEGATIVES],
-        init_fn=init_table,
+        # A part of a table doesn't know where it begins: sharding.py fills it.
+        init_fn=_leave if on_meta else lambda weight: init_rows(weight, seed, width),
     )
-    embeddings = EmbeddingCollection(tables=[table], device=device)
-    encoder = build_encoder(config.model, padded_length=config.padded_length, time_unit=time_unit).to(device)
+    embeddings = EmbeddingCollection(tables=[table], device=torch.device("meta") if on_meta else device)
     return SequenceRecommender(embeddings, Tower(encoder, config.loss, config.trainer.precision))
+
+
+def _leave(weight: Tensor) -> Tensor:
+    return weight

@@ -14,14 +14,15 @@ import pyarrow.parquet as pq
 import torch
 from torch import nn
 
+from fuxi_torchrec import full_ranking
 from fuxi_torchrec.batch import collate
 from fuxi_torchrec.config import Config
 from fuxi_torchrec.data_format import USERS_FILE
 from fuxi_torchrec.dataset import SequenceDataset, UserRows, Windows, concatenate
 from fuxi_torchrec.errors import UserError
-from fuxi_torchrec.ops.ranking import Seen, top_items
+from fuxi_torchrec.ops.ranking import Seen
 from fuxi_torchrec.paths import join, path_manager
-from fuxi_torchrec.sharding import World, local_table
+from fuxi_torchrec.sharding import World
 
 
 @dataclass
@@ -128,11 +129,11 @@ def recommend(
     starts_B = np.maximum(rows.offsets_U1[:-1], ends_B - config.data.max_sequence_length - 1)
     batch = collate(rows, Windows(rows.user_ids_U, starts_B, ends_B)).to(world.device)
     model.eval()
-    with torch.inference_mode():
+    with torch.no_grad():  # fbgemm's fused tables know no inference mode
         query_BD = model(batch)
         seen = _seen(requests, world.device) if not include_seen else Seen(*torch.empty(2, 0, dtype=torch.int64))
         k = min(k, dataset.identity.num_items)
-        scores_Bk, items_Bk = top_items(query_BD, local_table(model), seen, k, config.loss.l2_eps)
+        scores_Bk, items_Bk = full_ranking.top_items(model, world, query_BD, seen, k, config.loss.l2_eps)
     items_Bk = torch.where(torch.isneginf(scores_Bk), -1, items_Bk)
     return (scores_Bk / config.loss.temperature).cpu().numpy(), items_Bk.cpu().numpy()
 

@@ -1,5 +1,6 @@
 """A run's saved model, opened for evaluation or recommendation."""
 
+import dataclasses
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Iterator
@@ -11,9 +12,8 @@ from fuxi_torchrec.config import Config
 from fuxi_torchrec.dataset import SequenceDataset
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.faults import fail_together
-from fuxi_torchrec.model import build_model
 from fuxi_torchrec.run_folder import RunFolder
-from fuxi_torchrec.sharding import World, distribute, start_world
+from fuxi_torchrec.sharding import World, build_distributed, start_world
 
 
 @dataclass
@@ -40,9 +40,11 @@ def open_model(run: RunFolder, config: Config, checkpoint: str) -> Iterator[Save
             f"{config.data.path}: not the data set that {run.path} was trained on (content {_short(dataset.identity)}, "
             f"there {_short(trained_on)}); name the right one with --data.path"
         )
+    if config.table.optimizer == "adam":
+        # Nothing is trained here, and a CPU, which can evaluate the model, has no fused adam.
+        config = dataclasses.replace(config, table=dataclasses.replace(config.table, optimizer="rowwise_adagrad"))
     with start_world(config.trainer.device, config.trainer.timeout_minutes) as world, fail_together(world):
-        model = build_model(config, dataset.identity.num_items, dataset.identity.time_unit, world.device)
-        model = distribute(model, world)
+        model, _ = build_distributed(config, dataset.identity, world)
         state = Checkpoints(run.checkpoints, config, dataset.identity.num_items, world).load(checkpoint, model)
         model.eval()
         yield SavedModel(run, config, dataset, model, world, state["step"], state["epoch"])

@@ -1,7 +1,9 @@
-"""Process groups, and the model under TorchRec's DistributedModelParallel with its optimizer.
+"""Process groups, and the model under TorchRec's DistributedModelParallel with its optimizers.
 
-A replicated table is one that is left out of the sharding plan: DistributedDataParallel keeps the copies equal and
-AdamW trains it densely, which is the papers' set-up (and the only data-parallel one that works on a CPU).
+A sharded table is made on the meta device, so that no rank ever holds more than its part, and is trained inside backward
+by fbgemm's fused optimizers. A replicated table is one that is left out of the sharding plan: DistributedDataParallel
+keeps the copies equal and AdamW trains it densely, which is the papers' set-up (and the only data-parallel one that works
+on a CPU).
 """
 
 import logging
@@ -15,14 +17,19 @@ from typing import Iterator, List, Tuple, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ShardingEnv, ShardingPlan
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
-from fuxi_torchrec.config import OptimizerConfig
+from fuxi_torchrec import planning
+from fuxi_torchrec.config import Config, OptimizerConfig, check_table
+from fuxi_torchrec.data_format import DatasetIdentity
 from fuxi_torchrec.errors import UserError
-from fuxi_torchrec.model import TABLE, SequenceRecommender
+from fuxi_torchrec.model import TABLE, SequenceRecommender, build_model
+from fuxi_torchrec.tables import TableChoice, choose_table, init_rows
 from fuxi_torchrec.versions import fbgemm_has_cuda
 
 T = TypeVar("T")
@@ -49,12 +56,27 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def max(self, values: Tensor) -> Tensor:
+        """All ranks' maximum, in place."""
+        if self.size > 1:
+            dist.all_reduce(values, dist.ReduceOp.MAX)
+        return values
+
     def from_main(self, value: T) -> T:
         """Rank 0's value, on every rank."""
         values = [value]
         if self.size > 1:
             dist.broadcast_object_list(values, src=0, device=self.device)
         return values[0]
+
+
+def device_type(device: str) -> str:
+    """"cuda" or "cpu" for trainer.device. auto takes the GPU only where fbgemm has kernels for it as well.
+
+    Raises UserError where CUDA is asked for and absent."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("trainer.device: cuda is asked for, but torch sees no GPU here; use cpu or auto")
+    return "cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available() and fbgemm_has_cuda()) else "cpu"
 
 
 @contextmanager
@@ -65,10 +87,7 @@ def start_world(device: str = "auto", timeout_minutes: float = 30.0) -> Iterator
 
     Raises UserError where CUDA is asked for and absent.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("trainer.device: cuda is asked for, but torch sees no GPU here; use cpu or auto")
-    # auto takes the GPU only where fbgemm has kernels for it as well.
-    use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available() and fbgemm_has_cuda())
+    use_cuda = device_type(device) == "cuda"
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     place = torch.device("cpu")
     if use_cuda:
@@ -86,8 +105,32 @@ def start_world(device: str = "auto", timeout_minutes: float = 30.0) -> Iterator
         dist.destroy_process_group()
 
 
-def distribute(model: SequenceRecommender, world: World) -> DistributedModelParallel:
-    """The model with its table replicated, under DistributedModelParallel."""
+def build_distributed(
+    config: Config, identity: DatasetIdentity, world: World
+) -> Tuple[DistributedModelParallel, TableChoice]:
+    """The run's model with its table replicated or sharded, freshly initialised; every rank calls it.
+
+    Initial values don't depend on the sharding. Raises UserError where the table fits no plan.
+    """
+    check_table(config, world.device.type)
+    machine = planning.this_machine(config, world.device, world.size)
+    # Ranks whose hosts differ by a little memory must not decide differently.
+    machine = world.from_main(machine)
+    num_items = identity.num_items
+    choice = choose_table(config, num_items, machine.memory)
+    model = build_model(config, num_items, identity.time_unit, world.device, on_meta=choice.is_sharded)
+    if not choice.is_sharded:
+        return distribute(model, world, ShardingPlan({})), choice
+    planning.apply_table_optimizer(model.embeddings, choice, config)
+    plan, _ = planning.plan_table(model, config, choice, machine, num_items, planning.mean_events(identity))
+    model = distribute(model, world, plan)
+    for row, column, part in local_parts(model):
+        init_rows(part, config.trainer.seed, config.model.embedding_dim, row, column)
+    return model, choice
+
+
+def distribute(model: SequenceRecommender, world: World, plan: ShardingPlan) -> DistributedModelParallel:
+    """The model under DistributedModelParallel; a table that the plan leaves out is replicated."""
     with warnings.catch_warnings():
         # torchrec 1.8 calls DDP with an argument that torch 2.13 renamed; nothing a user could do about it.
         warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
@@ -95,22 +138,59 @@ def distribute(model: SequenceRecommender, world: World) -> DistributedModelPara
             model,
             env=ShardingEnv.from_process_group(dist.group.WORLD),
             device=world.device,
-            plan=ShardingPlan({}),
-            sharders=[],
+            plan=plan,
+            sharders=[planning.sharder(world.device.type)] if plan.plan else [],
         )
 
 
-def build_optimizer(model: DistributedModelParallel, config: OptimizerConfig) -> CombinedOptimizer:
-    """AdamW on all dense parameters, beside whatever optimizers run inside backward for sharded tables."""
+def build_optimizer(
+    model: DistributedModelParallel, config: OptimizerConfig, table_rate_ratio: float = 1.0
+) -> CombinedOptimizer:
+    """AdamW on all dense parameters, beside whatever optimizers run inside backward for sharded tables.
+
+    Args:
+        table_rate_ratio: learning rate of a sharded table over that of the dense parameters.
+    """
     dense = KeyedOptimizerWrapper(
         dict(in_backward_optimizer_filter(model.named_parameters())),
         lambda parameters: torch.optim.AdamW(
             parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
         ),
     )
+    for groups, ratio in ((model.fused_optimizer.param_groups, table_rate_ratio), (dense.param_groups, 1.0)):
+        for group in groups:
+            group["rate_ratio"] = ratio
     return CombinedOptimizer([model.fused_optimizer, dense])
 
 
-def local_table(model: DistributedModelParallel) -> List[Tuple[int, Tensor]]:
-    """This rank's rows of the item table as (first row, rows [·, D]); the whole table where it is replicated."""
-    return [(0, model.module.embeddings.embeddings[TABLE].weight.detach())]
+def prepare_step(optimizer: CombinedOptimizer, learning_rate: float) -> None:
+    """Sets the step's learning rate and clears gradients. It must come before *forward*: zero_grad() is where a sharded
+    table's optimizer hands its rate to fbgemm, whose lookup takes the rate along to backward."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group["rate_ratio"]
+    optimizer.zero_grad()
+
+
+def is_sharded(model: DistributedModelParallel) -> bool:
+    return isinstance(model.module.embeddings, ShardedEmbeddingCollection)
+
+
+def local_parts(model: DistributedModelParallel) -> List[Tuple[int, int, Tensor]]:
+    """This rank's parts of the item table as (first row, first column, values), sharing its memory."""
+    if not is_sharded(model):
+        return [(0, 0, model.module.embeddings.embeddings[TABLE].weight.detach())]
+    shards = _sharded_table(model).local_shards()
+    return [(*shard.metadata.shard_offsets, shard.tensor.detach()) for shard in shards]
+
+
+def table_shards(model: DistributedModelParallel) -> Tuple[List[Tuple[int, int, int, int]], Tuple[int, int]]:
+    """A sharded table's parts as (rank, first column, rows, columns), and its size (rows, columns)."""
+    metadata = _sharded_table(model).metadata()
+    shards = [
+        (shard.placement.rank(), shard.shard_offsets[1], *shard.shard_sizes) for shard in metadata.shards_metadata
+    ]
+    return shards, tuple(metadata.size)
+
+
+def _sharded_table(model: DistributedModelParallel) -> ShardedTensor:
+    return model.module.embeddings.state_dict()[f"embeddings.{TABLE}.weight"]

@@ -1,14 +1,15 @@
 """The training loop.
 
-A step: batch -> summed loss -> global number of positions -> backward -> clip -> learning rate -> AdamW. What a step
-draws (order, negatives, dropout) is a function of (seed, rank, step), so a resumed run goes on as if never stopped.
+A step: batch -> learning rate -> summed loss -> global number of positions -> backward (which updates sharded tables)
+-> clip -> AdamW. What a step draws (order, negatives, dropout) is a function of (seed, rank, step), so a resumed run goes
+on as if never stopped.
 """
 
 import math
 import signal
 import sys
 import time
-from typing import Any, Dict, List, NoReturn, Optional, Tuple
+from typing import Any, Dict, Iterator, List, NoReturn, Optional, Tuple
 
 import numpy as np
 import torch
@@ -23,11 +24,11 @@ from fuxi_torchrec.evaluation import Stopped, evaluate, popularity
 from fuxi_torchrec.faults import Interrupted, signals
 from fuxi_torchrec.loader import Position, TrainingStream, positions_after, prefetch, prefetch_depth
 from fuxi_torchrec.metrics import is_better
-from fuxi_torchrec.model import build_model
 from fuxi_torchrec.negatives import NegativeSampler, training_frequency
+from fuxi_torchrec.pipelines import build_pipeline
 from fuxi_torchrec.progress import Progression, Rate
 from fuxi_torchrec.run_folder import RunFolder
-from fuxi_torchrec.sharding import World, build_optimizer, distribute
+from fuxi_torchrec.sharding import World, build_distributed, build_optimizer, prepare_step
 
 
 class Trainer:
@@ -45,9 +46,9 @@ class Trainer:
         self.config, self.dataset, self.run, self.world = config, dataset, run, world
         seed, num_items = config.trainer.seed, dataset.identity.num_items
         torch.manual_seed(seed)
-        model = build_model(config, num_items, dataset.identity.time_unit, world.device)
-        self.model = distribute(model, world)
-        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.model, self.table = build_distributed(config, dataset.identity, world)
+        self.optimizer = build_optimizer(self.model, config.optimizer, self.table.rate_ratio)
+        self.pipeline = build_pipeline(config, self.model, world.device, self.table.is_sharded)
         frequency_V = training_frequency(config.loss, dataset)
         sampler = NegativeSampler(config.loss, num_items, seed, world.rank, frequency_V)
         self.stream = TrainingStream(dataset, config.data, sampler, seed, world.rank, world.size)
@@ -86,9 +87,10 @@ class Trainer:
     def _epoch(self) -> None:
         epoch, losses, rate = self.position.epoch, [], Rate()
         depth = prefetch_depth(self.config.data, self.world.device.type)
-        batches = prefetch(self.stream.epoch(self.position), depth)
+        batches = self._in_step(prefetch(self.stream.epoch(self.position), depth))
+        self.pipeline.drop()
         while True:
-            done = self._step(next(batches, None), bool(self.received))
+            done = self._step(self.pipeline.take(batches), bool(self.received))
             if done is None:
                 break
             loss, positions, stop = done
@@ -126,20 +128,31 @@ class Trainer:
         elif due:
             self._save(is_best=False)
 
+    def _in_step(self, batches: Iterator[SequenceBatch]) -> Iterator[SequenceBatch]:
+        """An epoch's batches, then, among several ranks, empty ones without end: a rank without data left keeps step with
+        the others until none has a position left."""
+        position = self.position
+        for batch in batches:
+            position = batch.position
+            yield batch
+        while self.world.size > 1:
+            batch = self.stream.empty_batch(position)
+            position = batch.position
+            yield batch
+
     def _step(self, batch: Optional[SequenceBatch], stop: bool) -> Optional[Tuple[float, int, bool]]:
-        """One optimizer step; None stands for a rank without data left, which keeps step with an empty batch.
+        """One optimizer step on a batch that the pipeline handed out; None: there is none left.
 
         Returns the global mean loss, the global number of positions, and whether any rank was told to stop; None (and
         no step is made) where no rank has a position left.
         """
         if batch is None:
-            if self.world.size == 1:
-                return None
-            batch = self.stream.empty_batch(self.position)
+            return None
         position = batch.position
         torch.manual_seed(_step_seed(self.config.trainer.seed, self.world.rank, position.step))
-        batch = batch.to(self.world.device, non_blocking=True)
-        loss_sum = self.model(batch)
+        self.learning_rate = learning_rate(self.config.optimizer, position.step, self._progress())
+        prepare_step(self.optimizer, self.learning_rate)
+        loss_sum = self.pipeline.forward(batch)
         here = [batch.num_positions, len(batch.user_ids_B), stop]
         here = torch.tensor(here, dtype=torch.float64, device=self.world.device)
         total, positions, users, stops = self.world.sum(torch.cat([loss_sum.detach().double()[None], here])).tolist()
@@ -148,15 +161,12 @@ class Trainer:
         loss = total / positions
         if not math.isfinite(loss):
             raise self._diverged(batch, float(loss_sum.detach()), position.step)
-        # DDP averages over ranks; the loss is the mean over the positions of the global batch.
+        # DDP averages over ranks, and so does TorchRec for the rows of a sharded table (its gradient division); the loss
+        # is the mean over the positions of the global batch.
         (loss_sum * (self.world.size / positions)).backward()
         if self.config.optimizer.clip_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip_grad_norm)
-        self.learning_rate = learning_rate(self.config.optimizer, position.step, self._progress())
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate
         self.optimizer.step()
-        self.optimizer.zero_grad()
         self.position = position
         self.users_seen += int(users)
         return loss, int(positions), stops > 0
@@ -199,6 +209,7 @@ class Trainer:
 
     def _evaluate(self, split: str, **extra: Any) -> Dict[str, float]:
         started = time.perf_counter()
+        self.pipeline.release()
         metrics = evaluate(self.model, self.dataset, self.config, split, self.world, lambda: bool(self.received))
         line = {"split": split, "step": self.position.step, "epoch": self._epochs_done(), **extra, **metrics}
         self.progression.evaluation({**line, "seconds": round(time.perf_counter() - started, 3)})

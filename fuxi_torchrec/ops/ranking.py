@@ -1,13 +1,13 @@
 """Exact full ranking against a catalogue, block by block.
 
 Every score comes from a matrix product of one fixed shape, [QUERY_BLOCK, D] x [D, ITEM_BLOCK], padded with zeros, the
-target's own score too: so a rank does not depend on how queries were batched or where a table was cut, and equal
-embeddings tie exactly.
+target's own score too: so a rank does not depend on how queries were batched or where a table was cut (into parts
+or over processes), and equal embeddings tie exactly.
 
 Shape suffixes: Q queries, V catalogue, D embedding, S seen pairs, q queries of a block (padded), n items of a block.
 """
 
-from typing import Iterator, List, NamedTuple, Sequence, Tuple
+from typing import Iterator, List, NamedTuple, Protocol, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -46,6 +46,32 @@ class Ranking(NamedTuple):
     log_prob_Q: Tensor
 
 
+class QueryBlock(NamedTuple):
+    """Up to QUERY_BLOCK queries, padded to as many: the unit that is scored, and sent where a table is sharded."""
+
+    query_qD: Tensor  # float32
+    target_q: Tensor  # int64
+    seen: Seen
+    count: int
+
+
+class Others(Protocol):
+    """The holders of the table's other parts, who score the same block at the same time."""
+
+    def sum(self, values: Tensor) -> Tensor: ...
+
+    def max(self, values: Tensor) -> Tensor: ...
+
+
+class Nobody:
+    """One process holds the whole table."""
+
+    def sum(self, values: Tensor) -> Tensor:
+        return values
+
+    max = sum
+
+
 class NonFiniteScore(ArithmeticError):
     """A score was NaN or infinite. `query` is the index of the first such query."""
 
@@ -70,19 +96,46 @@ def rank_targets(
     Raises:
         NonFiniteScore: a score is NaN or infinite; it is never turned into a rank.
     """
+    parts = []
+    for start, block in query_blocks(queries_QD, target_Q, seen):
+        try:
+            parts.append(rank_block(block, table, temperature, normalize_eps))
+        except NonFiniteScore as error:
+            raise NonFiniteScore(start + error.query) from None
+    return joined(parts, queries_QD.device)
+
+
+def query_blocks(queries_QD: Tensor, target_Q: Tensor, seen: Seen) -> Iterator[Tuple[int, QueryBlock]]:
+    """(first query, block) over all queries; targets are taken out of what is seen."""
     seen = _without_targets(seen, target_Q)
-    ranks, log_probs = [], []
     for start in range(0, len(queries_QD), QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, len(queries_QD))
-        block_qD = _padded(queries_QD[start:stop], QUERY_BLOCK)
-        target_q = _padded(target_Q[start:stop], QUERY_BLOCK)
-        scored = _ScoredBlocks(block_qD, table, normalize_eps)
-        score_q, log_total_q = _target_scores(scored, target_q, temperature, start, stop - start)
-        rank_q = _count(scored, score_q, seen.of_block(start, stop))
-        ranks.append(rank_q[: stop - start])
-        log_probs.append((score_q.double() / temperature - log_total_q)[: stop - start])
-    empty = queries_QD.new_zeros(0, dtype=torch.float64)
-    return Ranking(torch.cat([empty, *ranks]), torch.cat([empty, *log_probs]))
+        query_qD, target_q = _padded(queries_QD[start:stop], QUERY_BLOCK), _padded(target_Q[start:stop], QUERY_BLOCK)
+        yield start, QueryBlock(query_qD, target_q, seen.of_block(start, stop), stop - start)
+
+
+def rank_block(
+    block: QueryBlock, table: TableParts, temperature: float, normalize_eps: float = 0.0, others: Others = Nobody()
+) -> Ranking:
+    """rank_targets for one block, [count] each. With `others` the table's parts lie on several processes, all of which
+    call this with the same block, and all of which get the result or raise NonFiniteScore."""
+    scored = _ScoredBlocks(block.query_qD, table, normalize_eps)
+    own_q, log_total_q, broken_q = _target_scores(scored, block, temperature)
+    broken_q = others.max(broken_q.int())
+    if broken_q.any():
+        raise NonFiniteScore(int(broken_q.argmax()))
+    score_q = others.sum(own_q)  # 0 from everyone who doesn't hold the target
+    higher_q, equal_q = others.sum(_count(scored, score_q, block.seen))
+    rank_q = 1 + higher_q.double() + (equal_q - 1).double() / 2  # the target equals itself
+    most_q = others.max(log_total_q.clone())
+    log_total_q = most_q + others.sum(torch.exp(log_total_q - most_q)).log()
+    log_prob_q = score_q.double() / temperature - log_total_q
+    return Ranking(rank_q[: block.count], log_prob_q[: block.count])
+
+
+def joined(parts: Sequence[Ranking], device: torch.device) -> Ranking:
+    empty = torch.zeros(0, dtype=torch.float64, device=device)
+    return Ranking(torch.cat([empty, *(p.rank_Q for p in parts)]), torch.cat([empty, *(p.log_prob_Q for p in parts)]))
 
 
 def top_items(
@@ -99,13 +152,16 @@ def top_items(
         for first, scores_qn in _ScoredBlocks(_padded(queries_QD[start:stop], QUERY_BLOCK), table, normalize_eps):
             block_seen.hide(scores_qn, first)
             chunk_qk, column_qk = scores_qn.topk(min(k, scores_qn.shape[1]), dim=1)
-            merged = torch.cat([best_qk, chunk_qk], 1)
-            items = torch.cat([item_qk, column_qk + first], 1)
-            best_qk, order = torch.sort(merged, dim=1, descending=True, stable=True)
-            best_qk, item_qk = best_qk[:, :k], items.gather(1, order[:, :k])
+            best_qk, item_qk = merge_top([best_qk, chunk_qk], [item_qk, column_qk + first], k)
         scores.append(best_qk[: stop - start])
         ids.append(item_qk[: stop - start])
     return torch.cat(scores), torch.cat(ids)
+
+
+def merge_top(scores: Sequence[Tensor], items: Sequence[Tensor], k: int) -> Tuple[Tensor, Tensor]:
+    """The k best, best first, of several lists of scores [Q, ·] and their item ids; of equals, those of the first list."""
+    best_qk, order = torch.sort(torch.cat(list(scores), 1), dim=1, descending=True, stable=True)
+    return best_qk[:, :k], torch.cat(list(items), 1).gather(1, order[:, :k])
 
 
 class _ScoredBlocks:
@@ -132,32 +188,30 @@ class _ScoredBlocks:
                 yield first_row + begin, scores_qn
 
 
-def _target_scores(
-    scored: _ScoredBlocks, target_q: Tensor, temperature: float, start: int, count: int
-) -> Tuple[Tensor, Tensor]:
-    """Each target's score (float32) and the log of the softmax's denominator (float64)."""
-    score_q = scored.block_qD.new_zeros(QUERY_BLOCK)
+def _target_scores(scored: _ScoredBlocks, block: QueryBlock, temperature: float) -> Tuple[Tensor, Tensor, Tensor]:
+    """Each target's score (float32, 0 where its row isn't here), the log of the softmax's denominator (float64) over
+    these rows, and which queries have a score that isn't finite."""
+    score_q = block.query_qD.new_zeros(QUERY_BLOCK)
     log_total_q = torch.full((QUERY_BLOCK,), -torch.inf, dtype=torch.float64, device=score_q.device)
+    broken_q = torch.zeros(QUERY_BLOCK, dtype=torch.bool, device=score_q.device)
     for first, scores_qn in scored:
         # A NaN or ±inf anywhere in a row makes the sum of the row's products with 0 NaN, at a third of isfinite's cost.
-        broken_q = (scores_qn[:count] * 0).sum(1) != 0
-        if broken_q.any():
-            raise NonFiniteScore(start + int(broken_q.int().argmax()))
-        inside_q = (target_q >= first) & (target_q < first + scores_qn.shape[1])
-        own_q = scores_qn.gather(1, (target_q - first).clamp(0, scores_qn.shape[1] - 1)[:, None])[:, 0]
+        broken_q[: block.count] |= (scores_qn[: block.count] * 0).sum(1) != 0
+        inside_q = (block.target_q >= first) & (block.target_q < first + scores_qn.shape[1])
+        own_q = scores_qn.gather(1, (block.target_q - first).clamp(0, scores_qn.shape[1] - 1)[:, None])[:, 0]
         score_q = torch.where(inside_q, own_q, score_q)
         log_total_q = torch.logaddexp(log_total_q, torch.logsumexp(scores_qn / temperature, 1).double())
-    return score_q, log_total_q
+    return score_q, log_total_q, broken_q
 
 
 def _count(scored: _ScoredBlocks, score_q: Tensor, seen: Seen) -> Tensor:
-    higher_q = torch.zeros(QUERY_BLOCK, dtype=torch.int64, device=score_q.device)
-    equal_q = torch.zeros_like(higher_q)
+    """int64 [2, q]: how many items score higher, and how many the same."""
+    counts_2q = torch.zeros(2, QUERY_BLOCK, dtype=torch.int64, device=score_q.device)
     for first, scores_qn in scored:
         seen.hide(scores_qn, first)
-        higher_q += (scores_qn > score_q[:, None]).sum(1)
-        equal_q += (scores_qn == score_q[:, None]).sum(1)
-    return 1 + higher_q.double() + (equal_q - 1).double() / 2  # the target equals itself
+        counts_2q[0] += (scores_qn > score_q[:, None]).sum(1)
+        counts_2q[1] += (scores_qn == score_q[:, None]).sum(1)
+    return counts_2q
 
 
 def _without_targets(seen: Seen, target_Q: Tensor) -> Seen:

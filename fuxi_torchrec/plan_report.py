@@ -1,0 +1,209 @@
+"""`fuxi-torchrec plan`: what a run would take on a cluster that one doesn't have. No process group, no table in memory.
+
+Memory is bytes a rank; traffic is bytes a rank sends and receives in a step, ids not yet deduplicated.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any, Dict, List, Tuple
+
+from rich.console import Console
+from rich.table import Table
+from torchrec.distributed.types import ShardingPlan
+
+from fuxi_torchrec import planning
+from fuxi_torchrec.config import Config
+from fuxi_torchrec.errors import UserError
+from fuxi_torchrec.model import TABLE, build_model
+from fuxi_torchrec.planning import GIB, Machine
+from fuxi_torchrec.tables import TableChoice, choose_table
+
+ID_BYTES, FLOAT_BYTES = 8, 4
+# Floats kept for backward, per token and block, in widths of the model: measured on no device, an upper guess.
+KEPT_WIDTHS = 24
+
+
+@dataclass
+class Shard:
+    """A rectangle of the table on a rank."""
+
+    rank: int
+    row: int
+    column: int
+    rows: int
+    columns: int
+
+
+@dataclass
+class Report:
+    """Everything the command prints and writes. Lists have an entry a rank."""
+
+    fits: bool
+    reason: str
+    items: int
+    width: int
+    sharding: str
+    optimizer: str
+    machine: Machine
+    ids_per_user: Dict[str, float]
+    table_bytes: List[int]
+    optimizer_bytes: List[int]
+    lookup_bytes: List[int]
+    dense_bytes: int
+    activation_bytes: int
+    available_bytes: int
+    traffic_bytes: List[int]
+    dense_traffic_bytes: int
+    shards: List[Shard]
+
+    @property
+    def memory_bytes(self) -> List[int]:
+        fixed = self.dense_bytes + self.activation_bytes
+        return [sum(parts) + fixed for parts in zip(self.table_bytes, self.optimizer_bytes, self.lookup_bytes)]
+
+    def to_json(self) -> str:
+        values = dataclasses.asdict(self)
+        balance = {name: imbalance(values[name]) for name in ("table_bytes", "traffic_bytes")}
+        return json.dumps({**values, "memory_bytes": self.memory_bytes, "largest_over_mean": balance}, indent=1) + "\n"
+
+
+def parse_size(text: str, key: str) -> int:
+    """Bytes of "80GB" (10^9), "80GiB" (2^30), "1.5TB", or a plain number of GB. Raises UserError naming the key."""
+    units = {"GIB": GIB, "TIB": GIB << 10, "GB": 10**9, "TB": 10**12, "": 10**9}
+    number = text.strip().upper().rstrip("IBGT")
+    unit = text.strip().upper()[len(number) :]
+    try:
+        size = int(float(number) * units[unit])
+    except (ValueError, KeyError, OverflowError):
+        raise UserError(f"{key}: {text!r} is no size; write it like 80GB or 75GiB") from None
+    if size <= 0:
+        raise UserError(f"{key}: {text!r} must be greater than 0")
+    return size
+
+
+def report(config: Config, machine: Machine, items: int, events: float) -> Report:
+    """Plans the run of a config on a machine, for a catalogue of `items` and users of `events` mean events."""
+    choice = choose_table(config, items, machine.memory)
+    model = build_model(config, items, 1.0, "cpu", on_meta=True)
+    per_user = planning.ids_per_user(config, items, events)
+    shards, reason = [], ""
+    if choice.is_sharded:
+        planning.apply_table_optimizer(model.embeddings, choice, config)
+        plan, reason = _plan(model, config, choice, machine, items, events)
+        shards, sharding = _shards(plan)
+    else:
+        sharding = "replicated"
+        shards = [Shard(rank, 0, 0, items, config.model.embedding_dim) for rank in range(machine.world_size)]
+    dense = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("embeddings"))
+    made = _report(config, machine, items, choice, sharding, shards, per_user, dense)
+    if not reason and max(made.memory_bytes) > made.available_bytes:
+        reason = f"a rank needs {max(made.memory_bytes) / GIB:,.1f} GiB and has {made.available_bytes / GIB:,.1f}"
+    return dataclasses.replace(made, fits=not reason, reason=reason)
+
+
+def _plan(
+    model: Any, config: Config, choice: TableChoice, machine: Machine, items: int, events: float
+) -> Tuple[ShardingPlan, str]:
+    """The plan, and why it doesn't fit (then it is the plan for ranks of as much memory as it takes)."""
+    try:
+        return planning.plan_table(model, config, choice, machine, items, events)[0], ""
+    except UserError as error:
+        endless = dataclasses.replace(machine, hbm=machine.hbm and 1 << 56, ddr=1 << 56)
+        return planning.plan_table(model, config, choice, endless, items, events)[0], str(error)
+
+
+def _shards(plan: ShardingPlan) -> Tuple[List[Shard], str]:
+    sharding = plan.plan["embeddings"][TABLE]
+    shards = [
+        Shard(part.placement.rank(), *part.shard_offsets, *part.shard_sizes) for part in sharding.sharding_spec.shards
+    ]
+    return shards, sharding.sharding_type
+
+
+def _report(
+    config: Config,
+    machine: Machine,
+    items: int,
+    choice: TableChoice,
+    sharding: str,
+    shards: List[Shard],
+    per_user: Tuple[float, float],
+    dense: int,
+) -> Report:
+    world, width, users = machine.world_size, config.model.embedding_dim, config.data.batch_size
+    ids = users * sum(per_user)
+    table, state, lookups = ([0] * world for _ in range(3))
+    served = [0.0] * world  # bytes a rank exchanges with each other rank over its own shards
+    for shard in shards:
+        table[shard.rank] += shard.rows * shard.columns * FLOAT_BYTES
+        state[shard.rank] += _state_floats(choice.optimizer, shard) * FLOAT_BYTES
+        served[shard.rank] += ids * shard.rows / items * (ID_BYTES + 2 * shard.columns * FLOAT_BYTES)
+    if choice.is_sharded:
+        traffic = [round(sum(served) - own + (world - 1) * own) for own in served]
+        # What came in for others, what goes out, and the same rows back at home with their gradient.
+        lookups = [round(own * world + ids * (ID_BYTES + 2 * width * FLOAT_BYTES)) for own in served]
+    else:
+        dense += items * width
+        table = [2 * bytes_ for bytes_ in table]  # the gradient is as large
+        traffic = [0] * world
+    tokens = users * max(per_user[0] - 1, 1)
+    own_dense = dense - (0 if choice.is_sharded else items * width)
+    return Report(
+        fits=True,
+        reason="",
+        items=items,
+        width=width,
+        sharding=sharding,
+        optimizer=choice.optimizer,
+        machine=machine,
+        ids_per_user={"events": per_user[0], "negatives": per_user[1]},
+        table_bytes=table,
+        optimizer_bytes=state,
+        lookup_bytes=lookups,
+        dense_bytes=4 * own_dense * FLOAT_BYTES,
+        activation_bytes=round(KEPT_WIDTHS * tokens * width * config.model.num_blocks * FLOAT_BYTES),
+        available_bytes=machine.memory,
+        traffic_bytes=traffic,
+        dense_traffic_bytes=round(2 * 2 * (world - 1) / world * dense * FLOAT_BYTES),
+        shards=[] if sharding == "replicated" else shards,
+    )
+
+
+def _state_floats(optimizer: str, shard: Shard) -> int:
+    cells = shard.rows * shard.columns
+    return {"rowwise_adagrad": shard.rows, "adagrad": cells, "adam": 2 * cells, "adamw": 2 * cells}[optimizer]
+
+
+def imbalance(values: List[int]) -> float:
+    """Largest over mean; 1.0 is even."""
+    return max(values) * len(values) / sum(values) if sum(values) else 1.0
+
+
+def show(made: Report) -> None:
+    """The report as tables on standard output."""
+    machine = made.machine
+    print(
+        f"{made.items:,} items x {made.width}, {made.sharding}, {made.optimizer}; {machine.world_size} ranks, "
+        f"{machine.local_world_size} a host, {made.available_bytes / GIB:,.1f} GiB each ({machine.device_type})"
+    )
+    print("ids a user looks up: " + ", ".join(f"{name} {value:,.1f}" for name, value in made.ids_per_user.items()))
+    table = Table()
+    for name in ("of a rank", "largest, GiB", "mean, GiB", "largest / mean"):
+        table.add_column(name, justify="left" if name == "of a rank" else "right")
+    ranks = machine.world_size
+    rows = {
+        "table" + (" and its gradient" if made.sharding == "replicated" else ""): made.table_bytes,
+        "table's optimizer": made.optimizer_bytes,
+        "lookups in flight": made.lookup_bytes,
+        "tower, its gradient and AdamW": [made.dense_bytes] * ranks,
+        "tower's activations (a guess)": [made.activation_bytes] * ranks,
+        "memory in all": made.memory_bytes,
+        "exchanged a step: ids, rows, gradients": made.traffic_bytes,
+        "exchanged a step: dense gradients": [made.dense_traffic_bytes] * ranks,
+    }
+    for name, values in rows.items():
+        numbers = (f"{max(values) / GIB:,.4f}", f"{sum(values) / len(values) / GIB:,.4f}", f"{imbalance(values):.2f}")
+        table.add_row(name, *numbers)
+    Console(width=100).print(table)
+    print("fits" if made.fits else f"does not fit: {made.reason}")

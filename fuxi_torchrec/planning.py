@@ -1,0 +1,161 @@
+"""Where the item table's rows or columns go: TorchRec's EmbeddingShardingPlanner with the run's real numbers.
+
+The planner's own defaults (32 GB, batch 512, one id a sample) mislead; it is given the memory, the batch, and how many
+ids an average user brings. Nothing here needs a process group, so a cluster that one doesn't have can be planned too.
+"""
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import List, Optional, Tuple
+
+import torch
+from torch import nn
+from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
+from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.distributed.planner.types import PlannerError, ShardingOption
+from torchrec.distributed.types import ShardingPlan, ShardingType
+from torchrec.optim import RowWiseAdagrad
+
+from fuxi_torchrec.batch import EVENTS, NEGATIVES
+from fuxi_torchrec.config import Config
+from fuxi_torchrec.data_format import DatasetIdentity
+from fuxi_torchrec.errors import UserError
+from fuxi_torchrec.model import TABLE
+from fuxi_torchrec.tables import TableChoice
+
+GIB = 1 << 30
+# Of a rank's memory, left to the tower, its activations, and what the allocator loses.
+RESERVED_PART = 0.15
+SHARDINGS = ("row_wise", "table_wise", "column_wise")
+OPTIMIZERS = {"rowwise_adagrad": RowWiseAdagrad, "adagrad": torch.optim.Adagrad, "adam": torch.optim.Adam}
+
+# The planner warns of what it does by design (no timeout, no GPU): nothing a user could act on.
+for _name in ("torchrec.distributed.planner", "torchrec.distributed.logger"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a rank has: memories in bytes (hbm 0 on a CPU), and how many ranks there are, in all and on a host."""
+
+    device_type: str
+    hbm: int
+    ddr: int
+    world_size: int
+    local_world_size: int
+
+    @property
+    def memory(self) -> int:
+        """Where the table lives."""
+        return self.hbm if self.device_type == "cuda" else self.ddr
+
+    def topology(self) -> Topology:
+        return Topology(
+            world_size=self.world_size,
+            local_world_size=self.local_world_size,
+            compute_device=self.device_type,
+            hbm_cap=self.hbm,
+            ddr_cap=self.ddr,
+        )
+
+
+def this_machine(config: Config, device: torch.device, world_size: int) -> Machine:
+    """The machine this process runs on; table.hbm_gb and table.ddr_gb override what it says of itself."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    ddr = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local
+    hbm = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    if config.table.hbm_gb is not None and device.type == "cuda":
+        hbm = int(config.table.hbm_gb * GIB)
+    if config.table.ddr_gb is not None:
+        ddr = int(config.table.ddr_gb * GIB)
+    return Machine(device.type, hbm, ddr, world_size, local)
+
+
+def ids_per_user(config: Config, num_items: int, events: float) -> Tuple[float, float]:
+    """Ids that an average user of a batch looks up: (events, negatives).
+
+    Args:
+        events: mean events of a user, before they are cut to the window.
+    """
+    events = min(events, config.data.max_sequence_length + 1)
+    users = config.data.batch_size
+    # In-batch negatives are events; a pool is looked up besides.
+    draws = 0.0 if config.loss.negatives == "in_batch" else float(config.loss.num_negatives + config.loss.uniform_negatives)
+    if config.loss.negatives == "per_token":
+        draws *= users * max(events - 1, 1)
+        # Each drawn id is looked up once: the expected number of different ones.
+        draws = num_items * -torch.expm1(torch.tensor(draws).double() * torch.tensor(-1 / num_items).double().log1p()).item()
+    return events, draws / users
+
+
+def mean_events(identity: DatasetIdentity) -> float:
+    return identity.num_events / max(identity.num_users, 1)
+
+
+def apply_table_optimizer(embeddings: nn.Module, choice: TableChoice, config: Config) -> None:
+    """Marks the (unsharded) table, so that its shards are updated inside backward. Changes no value."""
+    settings = {"lr": choice.learning_rate, "eps": 1e-8}
+    if choice.optimizer == "adam":
+        settings["betas"] = tuple(config.optimizer.betas)
+    apply_optimizer_in_backward(OPTIMIZERS[choice.optimizer], embeddings.parameters(), settings, register_hook=False)
+
+
+def sharder(device_type: str) -> EmbeddingCollectionSharder:
+    # fbgemm's deduplication of ids before their exchange (jagged_unique_indices) has no CPU kernel.
+    return EmbeddingCollectionSharder(use_index_dedup=device_type == "cuda")
+
+
+def plan_table(
+    model: nn.Module, config: Config, choice: TableChoice, machine: Machine, num_items: int, events: float
+) -> Tuple[ShardingPlan, List[ShardingOption]]:
+    """The sharding plan of a model whose table is on the meta device, and the planner's own account of it.
+
+    Args:
+        choice: a sharded one, its optimizer applied by apply_table_optimizer.
+        events: mean events of a user.
+
+    Raises:
+        UserError: no plan fits into the memory.
+    """
+    topology = machine.topology()
+    kinds = [choice.sharding] if choice.sharding in SHARDINGS else list(SHARDINGS)
+    types = [ShardingType[kind.upper()].value for kind in kinds]
+    width = config.model.embedding_dim
+    constraints = ParameterConstraints(
+        sharding_types=types,
+        compute_kernels=["fused"],
+        min_partition=narrowest_part(width, machine.world_size),
+        pooling_factors=list(ids_per_user(config, num_items, events)),
+        feature_names=[EVENTS, NEGATIVES],
+    )
+    planner = EmbeddingShardingPlanner(
+        topology=topology,
+        batch_size=config.data.batch_size,
+        constraints={TABLE: constraints},
+        storage_reservation=FixedPercentageStorageReservation(RESERVED_PART),
+        stats=[],
+        debug=False,
+    )
+    try:
+        plan = planner.plan(model, [sharder(machine.device_type)])
+    except PlannerError as error:
+        raise _does_not_fit(config, machine, num_items) from error
+    return plan, planner._best_plan or []
+
+
+def narrowest_part(width: int, world_size: int) -> Optional[int]:
+    """Columns of a part where a table `width` wide is cut over the ranks by columns: a divisor of the width and a
+    multiple of 4, as fbgemm wants it, at least width / world_size."""
+    return next((part for part in range(4, width + 1, 4) if width % part == 0 and part * world_size >= width), None)
+
+
+def _does_not_fit(config: Config, machine: Machine, num_items: int) -> UserError:
+    table = num_items * config.model.embedding_dim * 4 / GIB
+    return UserError(
+        f"table.sharding: {config.table.sharding} finds no plan for {num_items:,} items x {config.model.embedding_dim} "
+        f"({table:,.1f} GiB with fp32 rows) on {machine.world_size} ranks of {machine.memory / GIB:,.1f} GiB, "
+        f"{RESERVED_PART:.0%} of it reserved; take row_wise, more ranks or a narrower table (fuxi-torchrec plan tells)"
+    )

@@ -1,0 +1,135 @@
+"""What the processes of test_sharding.py do."""
+
+import dataclasses
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from fuxi_torchrec import full_ranking
+from fuxi_torchrec.batch import collate
+from fuxi_torchrec.config import Config, check
+from fuxi_torchrec.dataset import SequenceDataset, concatenate, windows
+from fuxi_torchrec.errors import UserError
+from fuxi_torchrec.evaluation import evaluate
+from fuxi_torchrec.negatives import Negatives
+from fuxi_torchrec.ops.ranking import NonFiniteScore, Seen
+from fuxi_torchrec.ops.sampled_softmax import l2_normalize
+from fuxi_torchrec.run_folder import RunFolder
+from fuxi_torchrec.sharding import build_distributed, local_parts
+from fuxi_torchrec.training import Trainer
+
+GLOBAL_BATCH = 30  # users; four ranks get 8, 8, 7 and 7
+
+
+def tiny(folder, sharding, optimizer=None, **trainer):
+    config = Config()
+    config.data.path = folder
+    config.data.batch_size = 16
+    config.data.max_sequence_length = 20
+    config.model.embedding_dim = config.model.value_dim = config.model.qk_dim = 8
+    config.model.dropout = config.model.input_dropout = 0.0
+    config.loss.num_negatives = 10
+    config.optimizer.learning_rate = 1e-2
+    config.table.sharding, config.table.optimizer = sharding, optimizer
+    for key, value in {"device": "cpu", **trainer}.items():
+        setattr(config.trainer, key, value)
+    check(config)
+    return config
+
+
+class DrawnPerUser:
+    """Negatives as a function of step and user: the same global batch however it is cut."""
+
+    def __init__(self, num_items, count):
+        self.num_items, self.count = num_items, count
+
+    def sample(self, positive_ids_T, step):
+        drawn = [
+            np.random.default_rng([step, int(user)]).integers(0, self.num_items, (n, self.count), dtype=np.int32)
+            for user, n in zip(self.users, self.lengths)
+        ]
+        drawn_TK = np.concatenate([np.zeros((0, self.count), np.int32), *drawn])
+        return Negatives(torch.arange(self.num_items), torch.from_numpy(drawn_TK), torch.from_numpy(positive_ids_T))
+
+
+def loss_curve(world, config, output, steps, order=0):
+    """Losses of `steps` steps on the same global batches at any world size; `order` permutes the users inside them."""
+    dataset = SequenceDataset(config.data.path)
+    run = RunFolder.create(output, config, dataset.identity, False) if world.is_main else RunFolder(output)
+    trainer = Trainer(config, dataset, run, world)
+    rows = concatenate([dataset.read(group) for group in dataset.row_groups])
+    users = windows(rows, config.data, "train")
+    sampler = DrawnPerUser(dataset.identity.num_items, config.loss.num_negatives)
+    losses = []
+    for step in range(1, steps + 1):
+        chosen = np.random.default_rng([step]).permutation(len(users.user_ids_U))[:GLOBAL_BATCH]
+        if order:
+            chosen = np.random.default_rng([step, order]).permutation(chosen)
+        mine = users.take(chosen[world.rank :: world.size])
+        sampler.users, sampler.lengths = mine.user_ids_U, mine.stop_U - mine.start_U - 1
+        position = dataclasses.replace(trainer.position, step=step)
+        batch = trainer.pipeline.take(iter([collate(rows, mine, sampler, step, position)]))
+        losses.append(trainer._step(batch, False)[0])
+    trainer.progression.close()
+    return losses
+
+
+def ranks_and_top(world, config, num_items, num_queries):
+    """Ranks of the same targets and top items of the same queries against the same table, however cut. Rank 0 of several
+    asks nothing."""
+    identity = dataclasses.replace(SequenceDataset(config.data.path).identity, num_items=num_items)
+    model, _ = build_distributed(config, identity, world)
+    generator = torch.Generator().manual_seed(5)
+    query_QD = l2_normalize(torch.randn(num_queries, config.model.embedding_dim, generator=generator))
+    target_Q = torch.randint(0, num_items, (num_queries,), generator=generator)
+    seen = Seen(*torch.stack([torch.arange(num_queries), target_Q.roll(1)]).repeat(1, 2))
+    cuts = np.linspace(0, num_queries, world.size)[[0, *range(world.size)]].astype(int) if world.size > 1 else [0, num_queries]
+    start, stop = int(cuts[world.rank]), int(cuts[world.rank + 1])
+    with torch.inference_mode():
+        ranking = full_ranking.rank_targets(
+            model, world, query_QD[start:stop], target_Q[start:stop], seen.of_block(start, stop), 0.05, 1e-6
+        )
+        top = full_ranking.top_items(model, world, query_QD[:7], seen.of_block(0, 7), 20, 1e-6)
+    return ranking.rank_Q, ranking.log_prob_Q, top, sum(part.numel() for _, _, part in local_parts(model))
+
+
+def metrics(world, config, batch_size):
+    """End-to-end evaluation of the freshly initialised model."""
+    config.evaluation.batch_size = batch_size
+    dataset = SequenceDataset(config.data.path)
+    torch.manual_seed(0)
+    model, _ = build_distributed(config, dataset.identity, world)
+    return evaluate(model, dataset, config, "test", world)
+
+
+def poisoned_metrics(world, config):
+    """The message of an evaluation of a table with one row that isn't finite."""
+    dataset = SequenceDataset(config.data.path)
+    model, _ = build_distributed(config, dataset.identity, world)
+    for _, _, part in local_parts(model)[:1] if world.rank == world.size - 1 else []:
+        part[0, 0] = float("nan")
+    try:
+        evaluate(model, dataset, config, "test", world)
+    except UserError as error:
+        return str(error)
+
+
+def trained(world, config, output, resume=False):
+    """A whole run: its logged losses and its final metrics."""
+    dataset = SequenceDataset(config.data.path)
+    run = RunFolder.create(output, config, dataset.identity, resume) if world.is_main else RunFolder(output)
+    dist.barrier()
+    results = Trainer(config, dataset, run, world, resume).fit()
+    return [line["loss"] for line in run.metrics() if "loss" in line], results
+
+
+def first_move(world, config, output):
+    """How far the first step moves any cell of the table."""
+    dataset = SequenceDataset(config.data.path)
+    run = RunFolder.create(output, config, dataset.identity, False) if world.is_main else RunFolder(output)
+    trainer = Trainer(config, dataset, run, world)
+    before = [part.clone() for _, _, part in local_parts(trainer.model)]
+    trainer._step(trainer.pipeline.take(trainer.stream.epoch(trainer.position)), False)
+    trainer.progression.close()
+    return max(float((part - old).abs().max()) for (_, _, part), old in zip(local_parts(trainer.model), before))
