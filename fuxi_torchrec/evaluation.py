@@ -4,7 +4,7 @@ Shape suffixes: B users of a batch, D embedding, S seen pairs, V catalogue.
 """
 
 from itertools import takewhile
-from typing import Callable, Dict, Iterator, List, NamedTuple, Tuple
+from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from fuxi_torchrec.loader import evaluation_batches, prefetch, prefetch_depth
 from fuxi_torchrec.metrics import metric_sums
 from fuxi_torchrec.ops.ranking import NonFiniteScore, Ranking, Seen, rank_targets
 from fuxi_torchrec.sharding import World, is_sharded
+
+# Batches whose queries are ranked together: memory is theirs, not the split's.
+BATCHES_A_RANKING = 64
 
 
 class Stopped(Exception):
@@ -50,38 +53,39 @@ def evaluate(
     Raises UserError where a score is not finite or the split has no user to evaluate, Stopped where `stop` becomes true
     on any rank.
     """
-    queries = encode_queries(model, dataset, config, split, world, stop)
+    sums: Dict[str, Tensor] = {}
+    for queries in encoded_queries(model, dataset, config, split, world, stop):
+        ranking = _ranking(model, config, queries, world)
+        here = metric_sums(*ranking)
+        if dataset.has_log_probs:
+            here.update(_floor_sums(ranking, queries.target_log_prob_B.to(ranking.rank_Q.device)))
+        sums = {name: sums.get(name, 0) + value for name, value in here.items()}
     if world.sum(torch.tensor([float(stop())], device=world.device)) > 0:
         raise Stopped
-    with torch.inference_mode():
-        try:
-            ranking = full_ranking.rank_targets(
-                model,
-                world,
-                queries.query_BD,
-                queries.target_B,
-                queries.seen,
-                config.loss.temperature,
-                config.loss.l2_eps,
-            )
-        except NonFiniteScore as error:
-            user = _user_of(error, queries, model, world)
-            raise UserError(f"evaluation: non-finite score for user {user}; the model has diverged") from None
-    sums = metric_sums(*ranking)
-    if dataset.has_log_probs:
-        sums.update(_floor_sums(ranking, queries.target_log_prob_B.to(ranking.rank_Q.device)))
     return _means(sums, world, split)
 
 
-def encode_queries(
+def _ranking(model: nn.Module, config: Config, queries: Queries, world: World) -> Ranking:
+    asked = queries.query_BD, queries.target_B, queries.seen
+    with torch.inference_mode():
+        try:
+            return full_ranking.rank_targets(model, world, *asked, config.loss.temperature, config.loss.l2_eps)
+        except NonFiniteScore as error:
+            user = _user_of(error, queries, model, world)
+            raise UserError(f"evaluation: non-finite score for user {user}; the model has diverged") from None
+
+
+def encoded_queries(
     model: nn.Module,
     dataset: SequenceDataset,
     config: Config,
     split: str,
     world: World,
     stop: Callable[[], bool] = lambda: False,
-) -> Queries:
-    """This rank's users of a split, encoded with dropout off; those before `stop` became true."""
+) -> Iterator[Queries]:
+    """This rank's users of a split, encoded with dropout off, BATCHES_A_RANKING batches at a time, so that memory does
+    not grow with the split; those before `stop` became true. Ranks that look a sharded table up together yield equally
+    often, with no users at the end where others have some."""
     parts: List[Queries] = []
     users = 0
     was_training = model.training
@@ -89,20 +93,24 @@ def encode_queries(
     try:
         depth = prefetch_depth(config.data, world.device.type)
         batches = prefetch(takewhile(lambda batch: not stop(), _batches(dataset, config, split, world)), depth)
-        for batch in _in_step(batches, model, world):
-            batch = batch.to(world.device)
-            with torch.no_grad():  # fbgemm's fused tables know no inference mode
-                query_BD = model(batch)
-            parts.append(_queries(batch, query_BD, users))
-            users += len(query_BD)
+        for number, batch in enumerate(_in_step(batches, model, world), 1):
+            if batch is not None:
+                batch = batch.to(world.device)
+                with torch.no_grad():  # fbgemm's fused tables know no inference mode
+                    query_BD = model(batch)
+                parts.append(_queries(batch, query_BD, users))
+                users += len(query_BD)
+            if number % BATCHES_A_RANKING == 0:
+                yield _joined(parts, config.model.embedding_dim, world.device)
+                parts, users = [], 0
+        yield _joined(parts, config.model.embedding_dim, world.device)
     finally:
         model.train(was_training)
-    return _joined(parts, config.model.embedding_dim, world.device)
 
 
-def _in_step(batches: Iterator[SequenceBatch], model: nn.Module, world: World) -> Iterator[SequenceBatch]:
-    """Ranks look a sharded table up together: one without a batch left takes part with an empty lookup until all are
-    done. A replicated table asks for no such thing."""
+def _in_step(batches: Iterator[SequenceBatch], model: nn.Module, world: World) -> Iterator[Optional[SequenceBatch]]:
+    """Ranks look a sharded table up together: one without a batch left takes part with an empty lookup, and yields None,
+    until all are done. A replicated table asks for no such thing."""
     if world.size == 1 or not is_sharded(model):
         yield from batches
         return
@@ -119,6 +127,7 @@ def _in_step(batches: Iterator[SequenceBatch], model: nn.Module, world: World) -
             with torch.no_grad():
                 for found in model.module.embeddings(empty.ids.to(world.device)).values():
                     found.values()  # waits for the exchange
+            yield None
 
 
 def _user_of(error: NonFiniteScore, queries: Queries, model: nn.Module, world: World) -> int:

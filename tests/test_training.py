@@ -115,6 +115,15 @@ def test_evaluation_of_the_saved_model_gives_the_numbers_of_training(small_datas
     assert results["validation"]["ndcg@10"] == max(watched)  # the best, not the last
 
 
+def test_ranking_some_batches_at_a_time_changes_nothing(small_dataset, tmp_path, monkeypatch):
+    results = train(tiny(small_dataset, max_epochs=1), tmp_path / "run")
+    run = RunFolder.open(str(tmp_path / "run"))
+    monkeypatch.setattr("fuxi_torchrec.evaluation.BATCHES_A_RANKING", 1)
+    with open_model(run, run.config(["--evaluation.batch_size", "7"]), "best") as saved:
+        again = evaluate(saved.model, saved.dataset, saved.config, "test", saved.world)
+    assert again == pytest.approx(results["test"], rel=1e-5)
+
+
 def test_early_stopping_waits_for_its_patience(small_dataset, tmp_path):
     config = tiny(small_dataset, max_epochs=50, patience=2)
     config.optimizer.learning_rate = 1e-12  # nothing gets better after the first evaluation
