@@ -45,7 +45,8 @@ def run(command: str, arguments) -> None:
     if identity is not None:
         print("\n".join(summary(identity, given["output"])))
         if identity.max_timestamp * identity.time_unit > YEAR_2200:
-            print("warning: the newest time lies beyond the year 2200; are these milliseconds? (--time-unit ms)", file=sys.stderr)
+            note = "the newest time lies beyond the year 2200; are these milliseconds? (--time-unit ms)"
+            print(f"warning: {note}", file=sys.stderr)
 
 
 def summary(identity, output: str) -> List[str]:
@@ -124,7 +125,7 @@ def _synthetic(parser) -> None:
     _flag(parser, "--format", type=formats, default="sequences", help="ml-1m: a zip for 'prepare movielens'")
     _flag(parser, "--seed", type=int, default=0)
     # The defaults of these stand in generator.Generator, and for ml-1m in movielens_like: once each.
-    _flag(parser, "--clusters", type=Optional[int], help="groups of items (default 32, or one an item if there are fewer; ml-1m: 18 genres)")
+    _flag(parser, "--clusters", type=Optional[int], help="groups of items (default 32, at most an item each; ml-1m: 18 genres)")
     _flag(parser, "--epsilon", type=Optional[float], help="share of events that ignore the history (default 0.2)")
     _flag(parser, "--decay", type=Optional[float], help="power of time by which events lose weight (default 1)")
     _flag(parser, "--zipf-exponent", type=Optional[float], help="of the popularity laws (default 1)")

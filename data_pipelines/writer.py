@@ -197,9 +197,12 @@ def part_name(index: int) -> str:
 
 
 def content_checksum(folder: str, parts: int) -> str:
-    """sha256 over the bytes of items.parquet and of the part files, in name order, one after the other."""
+    """sha256 over the bytes of items.parquet, the part files in name order, and users.parquet where there is one."""
     digest = hashlib.sha256()
-    for name in [ITEMS_FILE] + [f"{TRAIN_FOLDER}/{part_name(i)}" for i in range(parts)]:
+    names = [ITEMS_FILE] + [f"{TRAIN_FOLDER}/{part_name(i)}" for i in range(parts)]
+    if path_manager().isfile(join(folder, USERS_FILE)):
+        names.append(USERS_FILE)
+    for name in names:
         with path_manager().open(join(folder, name), "rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)

@@ -123,7 +123,7 @@ def _run_training(config: Any, output: str, resume: bool) -> int:
         config.data.path = os.path.abspath(config.data.path)
     read_identity(config.data.path)  # before the seconds that importing torch takes
     _check_environment(config.trainer.device)
-    from fuxi_torchrec.dataset import SequenceDataset
+    from fuxi_torchrec.dataset import SequenceDataset, check_splits
     from fuxi_torchrec.faults import Interrupted, check_enough_data, check_same_start, fail_together
     from fuxi_torchrec.sharding import device_type, start_world
     from fuxi_torchrec.training import Trainer
@@ -134,6 +134,7 @@ def _run_training(config: Any, output: str, resume: bool) -> int:
         dataset = SequenceDataset(config.data.path)
         check_same_start(world, config.to_dict(), dataset.identity.content_checksum)
         check_enough_data(world, len(dataset.row_groups), config.data.path)
+        check_splits(dataset, config.data)
         run, resume = _start_run(output, config, dataset, resume, world)
         try:
             results = Trainer(config, dataset, run, world, resume).fit()
@@ -182,10 +183,13 @@ def _evaluate(arguments: List[str]) -> int:
         if not saved.world.is_main:
             return 0
         line = {"split": options.split, "step": saved.step, "epoch": saved.epoch, "checkpoint": options.checkpoint}
-        saved.run.append({**line, **metrics, "command": "evaluate"})
         results = {options.split: metrics}
         results[f"popularity {options.split}"] = popularity(saved.dataset, saved.config, options.split)
         _print_splits(results, saved.dataset, saved.config, options.run)
+        try:
+            saved.run.append({**line, **metrics, "command": "evaluate"})
+        except OSError as error:  # somebody else's run may be evaluated
+            print(f"not added to {options.run}'s metrics.jsonl: {error.strerror}", file=sys.stderr)
         if options.output:
             import json
 
@@ -203,7 +207,7 @@ def _recommend(arguments: List[str]) -> int:
     parser.add_argument("--users", type=str, default=None, help="User ids of the data set, 1,2,3.")
     parser.add_argument("--history", type=str, default=None, help="Item ids, oldest first: item,item or item@time,….")
     parser.add_argument("--k", type=int, default=10, help="Items a user.")
-    parser.add_argument("--at", type=int, default=None, help="Request time in ticks; default: the data set's newest.")
+    parser.add_argument("--at", type=str, default=None, help="Request time in ticks; default: the data set's newest.")
     parser.add_argument("--include-seen", action="store_true", help="Recommend items of the history too.")
     _add_model_options(parser)
     parser.add_argument("--output", type=str, default=None, help="Write to this Parquet file instead of printing.")
@@ -215,14 +219,15 @@ def _recommend(arguments: List[str]) -> int:
     with _saved_model(options) as saved:
         from fuxi_torchrec import recommend as rec
 
+        requested = None if options.at is None else rec.to_int64(options.at, "--at")
         catalogue = rec.Catalogue(saved.dataset)
         if options.users is not None:
             requests = rec.user_requests(saved.dataset, [user.strip() for user in options.users.split(",")])
         else:
-            at = saved.dataset.identity.max_timestamp if options.at is None else options.at
+            at = saved.dataset.identity.max_timestamp if requested is None else requested
             requests = [rec.history_request(options.history, catalogue, at)]
         scores, items = rec.recommend(
-            saved.model, saved.dataset, saved.config, saved.world, requests, options.k, options.at, options.include_seen
+            saved.model, saved.dataset, saved.config, saved.world, requests, options.k, requested, options.include_seen
         )
         table = rec.to_table(requests, scores, items, catalogue)
         if not saved.world.is_main:
@@ -256,7 +261,8 @@ def _saved_model(options: Any) -> Any:
     from fuxi_torchrec.run_folder import RunFolder
 
     run = RunFolder.open(options.run)
-    overrides = [] if options.data.path is None else ["--data.path", os.path.abspath(options.data.path)]
+    path = options.data.path
+    overrides = [] if path is None else ["--data.path", path if "://" in path else os.path.abspath(path)]
     if options.device is not None:
         overrides += ["--trainer.device", options.device]
     config = run.config(overrides)

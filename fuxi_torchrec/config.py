@@ -6,7 +6,7 @@ types and unknown keys are refused earlier, by jsonargparse.
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Literal, Optional, Tuple
+from typing import Any, Dict, List, Literal, Optional, Tuple, get_args
 
 from fuxi_torchrec.errors import UserError
 
@@ -219,6 +219,7 @@ METRICS = tuple(f"{kind}@{k}" for kind in ("hr", "ndcg") for k in METRIC_CUTOFFS
 
 def check(config: Config) -> None:
     """Raises UserError, naming the key, for values that no run could have. Types were checked when they were read."""
+    _check_nulls(config)
     for key, value, least in _bounded(config):
         if value is not None and value < least:
             raise UserError(f"{key}: {value} is too small; it must be at least {least}")
@@ -241,6 +242,15 @@ def check(config: Config) -> None:
     _check_loss(config.loss)
     check_table(config)
     _check_split(config)
+
+
+def _check_nulls(config: Config) -> None:
+    """A YAML null gets past the parser for any key."""
+    for section in dataclasses.fields(config):
+        values = getattr(config, section.name)
+        for field_ in dataclasses.fields(values):
+            if getattr(values, field_.name) is None and type(None) not in get_args(field_.type):
+                raise UserError(f"{section.name}.{field_.name}: null is no value for this key; leave it out for the default")
 
 
 def _bounded(config: Config):

@@ -64,7 +64,10 @@ def _check_keys(path: str, values: Any, known: Dict[str, Any], prefix: str) -> N
 
 def parse_config(parser: OneLineParser, path: str, arguments: List[str]) -> Any:
     """Parses a config file with command-line options on top; returns (Config, namespace)."""
-    check_file(path)
+    others = [after for option, after in zip(arguments, arguments[1:]) if option == "--config"]
+    others += [word.split("=", 1)[1] for word in arguments if word.startswith("--config=")]
+    for file in (path, *others):
+        check_file(file)
     namespace = parser.instantiate(parser.parse_args(["--config", path, *arguments]))
     config = Config(**{field.name: getattr(namespace, field.name) for field in dataclasses.fields(Config)})
     check(config)

@@ -49,7 +49,7 @@ class DatasetIdentity:
     max_events_per_user: int
     source: str  # file name or address, without local folders
     source_checksum: str  # "sha256:…" of the source file(s)
-    content_checksum: str  # "sha256:…" over the part files and items.parquet, in name order
+    content_checksum: str  # "sha256:…" over items.parquet, the part files and users.parquet, where there is one
     columns: List[str] = field(default_factory=list)  # aligned list columns beyond item_ids and timestamps
     report: Dict[str, int] = field(default_factory=dict)
     generator: Dict[str, Any] = field(default_factory=dict)  # synthetic data: every parameter of the generator
@@ -62,7 +62,11 @@ class DatasetIdentity:
 def read_identity(folder: str) -> DatasetIdentity:
     """Reads DIR/dataset.json. Raises UserError where it is missing, unreadable or of another schema version."""
     path = join(folder, IDENTITY_FILE)
-    if not path_manager().isfile(path):
+    try:
+        found = path_manager().isfile(path)
+    except NotImplementedError:  # iopath cannot list, say, an http address
+        raise UserError(f"{folder}: data sets cannot be read from this kind of address; use a folder or a bucket") from None
+    if not found:
         raise UserError(
             f"{folder}: no data set here ({IDENTITY_FILE} is missing); make one with 'fuxi-torchrec prepare', "
             "or name another folder with --data.path"
@@ -87,3 +91,8 @@ def read_identity(folder: str) -> DatasetIdentity:
         wrong = sorted((set(values) - known) | (required - set(values)))
         raise UserError(f"{path}: missing or unknown keys {', '.join(wrong)}; prepare the data set again")
     return DatasetIdentity(**values)
+
+
+def same_data(one: DatasetIdentity, other: DatasetIdentity) -> bool:
+    """Whether a model trained on the one may be used on the other: the same bytes, in the same unit of time."""
+    return (one.content_checksum, one.time_unit) == (other.content_checksum, other.time_unit)

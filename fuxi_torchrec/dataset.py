@@ -1,4 +1,4 @@
-"""Reading a prepared data set: row groups of users as flat arrays, and the splits of the protocol page. No torch.
+"""Reading a prepared data set: row groups of users as flat arrays, and the splits of docs/data.md. No torch.
 
 Shape suffixes: U users of a row group, E their events laid end to end.
 """
@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fuxi_torchrec.config import DataConfig
+from fuxi_torchrec.config import DataConfig, evaluation_splits
 from fuxi_torchrec.data_format import ITEMS_FILE, LOG_PROBS_COLUMN, TRAIN_FOLDER, read_identity
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.paths import join, path_manager
@@ -142,6 +142,20 @@ def _stops(rows: UserRows, config: DataConfig, split: str, first_U: np.ndarray, 
 def _count_before(rows: UserRows, cutoff: int) -> np.ndarray:
     total = np.concatenate([[0], np.cumsum(rows.timestamps_E < cutoff)])
     return total[rows.offsets_U1[1:]] - total[rows.offsets_U1[:-1]]
+
+
+def check_splits(dataset: SequenceDataset, config: DataConfig) -> None:
+    """Raises UserError for a split without a user, before a run begins; reads on only until every split has one."""
+    wanted = {"train", *evaluation_splits(config)}
+    for group in dataset.row_groups:
+        rows = dataset.read(group)
+        wanted = {split for split in wanted if not len(windows(rows, config, split).user_ids_U)}
+        if not wanted:
+            return
+    raise UserError(
+        f"{dataset.folder}: no user has two events in the {' and the '.join(sorted(wanted))} split of "
+        f"data.split={config.split}; take another split, other cut-offs or more data"
+    )
 
 
 def ranges(start_U: np.ndarray, stop_U: np.ndarray) -> np.ndarray:

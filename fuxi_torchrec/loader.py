@@ -232,7 +232,7 @@ def prefetch(items: Iterable[T], depth: int) -> Iterator[T]:
     if depth <= 0:
         yield from items
         return
-    ready: "queue.Queue" = queue.Queue(maxsize=depth)
+    ready: queue.Queue = queue.Queue(maxsize=depth)
     stop = threading.Event()
     end = object()
 

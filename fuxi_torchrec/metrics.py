@@ -1,4 +1,4 @@
-"""Ranking metrics of the protocol page, as sums over users that add up over batches and ranks."""
+"""Ranking metrics of docs/training.md, as sums over users that add up over batches and ranks."""
 
 from typing import Dict
 

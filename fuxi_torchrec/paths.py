@@ -1,9 +1,9 @@
 """Every path the user names goes through iopath, so that a bucket or an address works where a folder does."""
 
-from functools import lru_cache
+from functools import cache
 
 
-@lru_cache(maxsize=None)
+@cache
 def path_manager():
     """The process's `iopath` PathManager: local files, http(s) downloads, and S3 where boto3 is installed."""
     from iopath.common.file_io import HTTPURLHandler, PathManager

@@ -10,11 +10,19 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from fuxi_torchrec.config import Config
 from fuxi_torchrec.config_io import load_config, to_yaml
-from fuxi_torchrec.data_format import IDENTITY_FILE, DatasetIdentity, read_identity
+from fuxi_torchrec.data_format import IDENTITY_FILE, DatasetIdentity, read_identity, same_data
 from fuxi_torchrec.errors import UserError
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
+# What a resumed run must not change: its best so far was found under these.
+KEPT_ON_RESUME = (
+    ("data", "split"),
+    ("data", "temporal_cutoffs"),
+    ("data", "max_sequence_length"),
+    ("evaluation", "split"),
+    ("trainer", "metric"),
+)
 LAUNCH_FILE = "launch.txt"  # what started the run last, so that its restarts are known from another run's start
 
 
@@ -35,6 +43,8 @@ class RunFolder:
         existing = run._file(CONFIG_FILE)
         if os.path.exists(existing) and not resume:
             raise UserError(f"{path}: a run is already here; go on with it by --resume, or name another --output")
+        if os.path.exists(existing):
+            run.check_same(config, identity)
         try:
             os.makedirs(path, exist_ok=True)
             if launch_id() is not None:
@@ -44,6 +54,19 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"{path}: cannot write the run folder ({error.strerror})") from None
         return run
+
+    def check_same(self, config: Config, identity: DatasetIdentity) -> None:
+        """Raises UserError where going on with this run would mix two data sets, splits or metrics under one name."""
+        if not same_data(identity, self.identity()):
+            raise UserError(f"{self.path}: this run was trained on another data set; name its own with --data.path")
+        before, now = self.config(), config
+        for section, key in KEPT_ON_RESUME:
+            was, wanted = getattr(getattr(before, section), key), getattr(getattr(now, section), key)
+            if was != wanted:
+                raise UserError(
+                    f"{self.path}: {section}.{key} is {was} in this run, not {wanted}; its best and its new metrics "
+                    "could not be compared; leave it, or name another --output"
+                )
 
     def describe(self, config: Config, identity: DatasetIdentity) -> None:
         """Writes the config and the data set's identity."""

@@ -9,6 +9,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from fuxi_torchrec.checkpoint import Checkpoints
 from fuxi_torchrec.config import Config
+from fuxi_torchrec.data_format import DatasetIdentity, same_data
 from fuxi_torchrec.dataset import SequenceDataset
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.faults import fail_together
@@ -35,9 +36,9 @@ def open_model(run: RunFolder, config: Config, checkpoint: str) -> Iterator[Save
     """
     dataset = SequenceDataset(config.data.path)
     trained_on = run.identity()
-    if dataset.identity.content_checksum != trained_on.content_checksum:
+    if not same_data(dataset.identity, trained_on):
         raise UserError(
-            f"{config.data.path}: not the data set that {run.path} was trained on (content {_short(dataset.identity)}, "
+            f"{config.data.path}: not the data set that {run.path} was trained on ({_short(dataset.identity)}, "
             f"there {_short(trained_on)}); name the right one with --data.path"
         )
     if config.table.optimizer == "adam":
@@ -50,5 +51,5 @@ def open_model(run: RunFolder, config: Config, checkpoint: str) -> Iterator[Save
         yield SavedModel(run, config, dataset, model, world, state["step"], state["epoch"])
 
 
-def _short(identity) -> str:
-    return identity.content_checksum[:19]
+def _short(identity: DatasetIdentity) -> str:
+    return f"content {identity.content_checksum[:15]}, ticks of {identity.time_unit:g} s"

@@ -69,7 +69,7 @@ def choose_table(config: Config, num_items: int, memory: int) -> TableChoice:
 @torch.no_grad()
 def init_rows(part: Tensor, seed: int, width: int, first_row: int = 0, first_column: int = 0) -> Tensor:
     """Fills rows [first_row, …) and columns [first_column, …) of a table `width` wide: normal, σ = 0.02, truncated at
-    2 σ (model page, "Input"). Drawn on the CPU, so that a GPU starts from the same values."""
+    2 σ (docs/models.md, "Input"). Drawn on the CPU, so that a GPU starts from the same values."""
     rows, columns = part.shape
     last_row = first_row + rows
     for block in range(first_row // INIT_ROWS, -(-last_row // INIT_ROWS)):

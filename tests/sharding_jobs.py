@@ -13,7 +13,7 @@ from fuxi_torchrec.dataset import SequenceDataset, concatenate, windows
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.evaluation import evaluate
 from fuxi_torchrec.negatives import Negatives
-from fuxi_torchrec.ops.ranking import NonFiniteScore, Seen
+from fuxi_torchrec.ops.ranking import Seen
 from fuxi_torchrec.ops.sampled_softmax import l2_normalize
 from fuxi_torchrec.run_folder import RunFolder
 from fuxi_torchrec.sharding import build_distributed, local_parts

@@ -156,6 +156,7 @@ def test_a_mistake_gets_one_line(capsys, words, says):
         ("trainer: 3\n", "trainer must hold keys and values"),
         ("trainer: [1\n", "not YAML"),
         ("trainer:\n  max_epochs: 2.5\n", "trainer.max_epochs"),
+        ("trainer:\n  max_epochs: null\n", "trainer.max_epochs: null is no value"),
     ],
 )
 def test_a_wrong_config_file_is_named_with_its_key(capsys, tmp_path, text, says):
@@ -174,9 +175,22 @@ def test_mistakes_with_a_run_get_one_line(finished, capsys, tmp_path):
     data, run, _ = finished
     assert "user '987654321' is not among" in mistake(capsys, "recommend", run, "--users", "987654321")
     assert "item '987654321' is not in the catalogue" in mistake(capsys, "recommend", run, "--history", "987654321")
+    assert "'²' is not an integer" in mistake(capsys, "recommend", run, "--users", "²")
+    assert "not an integer of 64 bits" in mistake(capsys, "recommend", run, "--users", "1", "--at", str(2**63))
     assert "--split validation" in mistake(capsys, "evaluate", run, "--split", "validation")
     assert "no checkpoint here" in mistake(capsys, "evaluate", run, "--checkpoint", "step-99999999")
-    assert "a run is already here" in mistake(capsys, "train", SMOKE, "--data.path", data, "--output", run)
+    again = ("train", SMOKE, "--data.path", data, "--output", run, *SMALL)
+    assert "a run is already here" in mistake(capsys, *again)
+    before = (run / "config.yaml").read_text()
+    assert "data.split is leave_one_out in this run" in mistake(
+        capsys, *again, "--resume", "--data.split", "leave_two_out"
+    )
+    assert "model.num_blocks is 2 there and 3 here" in mistake(capsys, *again, "--resume", "--model.num_blocks", "3")
+    assert (run / "config.yaml").read_text() == before
+    early = ("--data.split", "temporal", "--data.temporal_cutoffs", "[1]")
+    elsewhere = ("train", SMOKE, "--data.path", data, "--output", tmp_path / "run", *early)
+    assert "no user has two events in the train split" in mistake(capsys, *elsewhere)
+    assert not (tmp_path / "run").exists()
     os.system(f"cp -r {data} {tmp_path}/data")
     part = next((tmp_path / "data" / "train").iterdir())
     part.write_bytes(part.read_bytes()[:-100])

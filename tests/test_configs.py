@@ -1,4 +1,4 @@
-"""The published runs are what the protocol page says, and every file under configs/ is a config."""
+"""The published runs are what the papers say, and every file under configs/ is a config."""
 
 import glob
 import os

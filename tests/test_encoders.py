@@ -1,4 +1,4 @@
-"""Every tower against a slow spelling of the model page: one user at a time, dense, float64, no code shared."""
+"""Every tower against a slow spelling of docs/models.md: one user at a time, dense, float64, no code shared."""
 
 import math
 import subprocess
@@ -117,7 +117,7 @@ def sasrec_block(block, h, activation):
 
 
 def slow(encoder, model_config, embeddings, past, future, lengths):
-    """One user after another, straight from the model page."""
+    """One user after another, straight from docs/models.md."""
     outputs, start = [embeddings.new_zeros(0, embeddings.shape[1])], 0
     for n in [n for n in lengths if n]:
         rows = slice(start, start + n)

@@ -1,4 +1,4 @@
-"""Which events each split shows: the protocol page's three splits, on users of every length."""
+"""Which events each split shows: docs/data.md's three splits, on users of every length."""
 
 import numpy as np
 import pytest

@@ -19,7 +19,7 @@ class SequenceEncoder(nn.Module):
     """Jagged item embeddings and times in, one output per row. Knows nothing of tables, losses, files or ranks.
 
     Subclasses fill `blocks` and say in `batch_context` what the blocks of one forward share. time_unit is the seconds
-    per tick of the timestamps. Source of the input step: model page, "Input".
+    per tick of the timestamps. Source of the input step: docs/models.md, "Input".
     """
 
     def __init__(self, embedding_dim: int, padded_length: int, input_dropout: float, time_unit: float) -> None:

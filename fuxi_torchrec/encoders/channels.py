@@ -1,6 +1,6 @@
 """The parameters of the FuXi block's channels and of HSTU's biases, one small module a channel.
 
-Parameters are float32 and are evaluated in float32 whatever the autocast. Source: model page, "FuXi block".
+Parameters are float32 and are evaluated in float32 whatever the autocast. Source: docs/models.md, "FuXi block".
 """
 
 import math

@@ -1,6 +1,6 @@
 """The FuXi block with pluggable token-mixing channels: FuXi-α, FuXi-β and every ablation between them are one block.
 
-Source: FuXi-α (arXiv 2502.03036), sections 3.2 to 3.4; FuXi-β (arXiv 2508.10615), section 3; model page, "FuXi block".
+Source: FuXi-α (arXiv 2502.03036), sections 3.2 to 3.4; FuXi-β (arXiv 2508.10615), section 3; docs/models.md, "FuXi block".
 
 Shapes: T tokens, D embedding, H heads, d value and q query/key size per head, C channels, F feed-forward width.
 """

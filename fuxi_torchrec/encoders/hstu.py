@@ -1,6 +1,6 @@
 """HSTU (arXiv 2402.17152): pointwise SiLU attention with relative position and bucketed time biases, gated.
 
-Source: its section 3.1 and the research code's conventions on the model page, "HSTU".
+Source: its section 3.1 and the research code's conventions in docs/models.md, "HSTU".
 
 Shapes: T tokens, D embedding, H heads, d value and q query/key size per head.
 """

@@ -1,6 +1,6 @@
 """SASRec (arXiv 1808.09781): causal softmax attention and a pointwise feed-forward layer.
 
-Source: its section 3, with the conventions of the research code on the model page, "SASRec": the query is normalised,
+Source: its section 3, with the conventions of the research code in docs/models.md, "SASRec": the query is normalised,
 key and value are not.
 
 Shapes: T tokens, D embedding, H heads, d = D / H, F feed-forward width; in a length group G users and n positions.
@@ -109,7 +109,7 @@ class SASRecEncoder(SequenceEncoder):
         self.reset_parameters()
 
     def reset_positions(self) -> None:
-        """Normal, σ = √(1/D), truncated at 2 σ (model page, "Input")."""
+        """Normal, σ = √(1/D), truncated at 2 σ (docs/models.md, "Input")."""
         std = math.sqrt(1 / self.embedding_dim)
         nn.init.trunc_normal_(self.position_embedding_ND, std=std, a=-2 * std, b=2 * std)
 

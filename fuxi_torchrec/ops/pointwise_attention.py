@@ -1,7 +1,7 @@
 """Pointwise (SiLU) attention on jagged rows: HSTU's attention and FuXi-α's semantic channel.
 
 A^(head)[i,j] = SiLU(q_i · k_j + bias[i,j]) · scale for j <= i of the same user, y = A v. Source: HSTU (arXiv
-2402.17152), equation 2; model page.
+2402.17152), equation 2; docs/models.md.
 
 Shapes: T tokens, H heads, q query/key and d value size per head; in a length group G users and n positions.
 """

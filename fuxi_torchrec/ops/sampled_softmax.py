@@ -1,4 +1,4 @@
-"""Sampled softmax losses (model page, "Output and loss") without a [tokens, negatives, D] tensor.
+"""Sampled softmax losses (docs/models.md, "Output and loss") without a [tokens, negatives, D] tensor.
 
 Shape suffixes: T tokens (supervised positions of a jagged batch), D embedding, K negatives a token, U unique candidate
 ids, P pool of shared negatives, C tokens of a chunk, N entries of a chunk's [C, K] block laid flat.

@@ -1,7 +1,7 @@
 """FuXi's query-free token mixing on jagged rows: y_c = A_c v with causal maps A_c that no query or key enters.
 
 A channel is ("positional", (weight_N,)) with A[i,j] = weight_N[i - j], ("zero", ()), or (name, parameters) with a map
-of `time_maps.TIME_MAPS`, A[i,j] = f(t_{i+1} - t_j). Source: FuXi-β (arXiv 2508.10615), section 3; model page, "FuXi
+of `time_maps.TIME_MAPS`, A[i,j] = f(t_{i+1} - t_j). Source: FuXi-β (arXiv 2508.10615), section 3; docs/models.md, "FuXi
 block".
 
 Shapes: T tokens, B users, N padded length, H heads, d value size per head, E = H * d, C channels; in a length group G
@@ -13,7 +13,7 @@ from typing import List, Literal, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from fuxi_torchrec.ops.jagged import JaggedLayout, LengthGroup, slots_with_zero_padding, to_padded, from_padded
+from fuxi_torchrec.ops.jagged import JaggedLayout, LengthGroup, from_padded, slots_with_zero_padding, to_padded
 from fuxi_torchrec.ops.time_maps import TIME_MAPS, TimeGaps, gap_feature
 
 Channel = Tuple[str, Sequence[Tensor]]

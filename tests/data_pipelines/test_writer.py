@@ -15,7 +15,7 @@ from data_pipelines.events import prepare_events
 from data_pipelines.movielens import prepare_movielens
 from data_pipelines.output import OutputFolder
 from data_pipelines.synthetic import prepare_synthetic
-from data_pipelines.writer import SequenceWriter, Sequences
+from data_pipelines.writer import Sequences, SequenceWriter
 from fuxi_torchrec.data_format import ITEM_COLUMNS, SEQUENCE_FIELDS, read_identity
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.paths import path_manager
