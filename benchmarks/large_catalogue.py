@@ -5,12 +5,13 @@
 The product's own step (`Trainer`, `shared` negatives, row-wise Adagrad) on the same users at every size: the same
 lengths and times, ids drawn anew over the catalogue. Prints two Markdown tables.
 
-Step time: all sizes live in one pair of processes and take turns, a round being `--steps` steps at each size in an order
-that rotates, so that whatever else the machine does hits all alike. "Ratio" is the median over rounds of a size's median
-step over that of the first size in the same round.
+Step time: all sizes live in one pair of processes and take turns, a round being `--steps` steps at each size, in an
+order that rotates, so that whatever else the machine does hits all alike. "Ratio" is the median over rounds of a size's
+median step over that of the first size in the same round.
 
-Memory: fresh processes for each size, `--memory-steps` steps. "Beyond the libraries" is the peak resident memory of a
-rank (VmHWM) less what it had once everything was imported; the goal is table + optimizer state + 1 GB in all.
+Memory: fresh processes for each size, `--memory-steps` steps. "Beyond imports" is the peak resident memory of a rank
+(VmHWM) less what it had once everything was imported, "made" the same before the first step; the goal is that the sum
+over the ranks is at most table + optimizer state + 1 GB.
 """
 
 import argparse
@@ -19,9 +20,9 @@ import os
 import socket
 import tempfile
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any, Callable, Dict, List, Sequence
+from typing import Any, Callable, Dict, Iterator, List, Sequence
 
 import numpy as np
 import torch
@@ -155,19 +156,32 @@ def in_processes(job: Callable, processes: int, *arguments: Any) -> List[Any]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("spawn")
-    os.environ["OMP_NUM_THREADS"] = "1"
     place = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     started = []
     for rank in range(processes):
         here, there = context.Pipe()
         process = context.Process(target=_work, args=(there, rank, place, job, arguments), daemon=True)
-        process.start()
+        with _one_thread():
+            process.start()
         there.close()
         started.append((process, here))
     results = [here.recv() for _, here in started]  # EOFError: the process died, and has said why
     for process, _ in started:
         process.join()
     return results
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """For processes started meanwhile: their OpenMP and Arrow pools are made at import."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        yield
+    finally:
+        del os.environ["OMP_NUM_THREADS"]
+        if before is not None:
+            os.environ["OMP_NUM_THREADS"] = before
 
 
 def _work(pipe: Any, rank: int, place: Dict[str, Any], job: Callable, arguments: Sequence[Any]) -> None:
@@ -216,7 +230,7 @@ def main() -> None:
         print(time_table(options.items, in_processes(step_times, options.processes, options)), flush=True)
         print(f"\nload before {load:.1f}, after {os.getloadavg()[0]:.1f}\n", flush=True)
     if options.only != "time":
-        print("| items | table, GB | state | imported, by rank | made | beyond the libraries | sum | above both | ≤ 1 GB |")
+        print("| items | table, GB | state | imported, by rank | made | beyond imports | sum | above both | ≤ 1 GB |")
         print("|---|---|---|---|---|---|---|---|---|")
         for num_items in options.items:
             print(memory_line(num_items, in_processes(memory, options.processes, num_items, options)), flush=True)
