@@ -18,7 +18,6 @@ import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Callable, Dict, List
 
 import numpy as np
@@ -26,6 +25,7 @@ import torch
 
 from benchmarks.research_step import LONGEST, SHAPES, PaddedUsers, ResearchStep, Shape, draw_users
 from fuxi_torchrec.config import Config, DataConfig, ModelConfig, TrainerConfig
+from fuxi_torchrec.data_format import DatasetIdentity
 from fuxi_torchrec.dataset import RowGroup, UserRows
 from fuxi_torchrec.loader import Position
 from fuxi_torchrec.run_folder import RunFolder
@@ -45,7 +45,22 @@ class MemoryDataset:
             item_ids_E=users.ids_BN.numpy()[keep_BN] - 1,
             timestamps_E=users.timestamps_BN.numpy()[keep_BN],
         )
-        self.identity = SimpleNamespace(num_items=shape.items, num_users=shape.users, time_unit=1.0)
+        events = int(events_B.sum())
+        times = self.rows.timestamps_E
+        self.identity = DatasetIdentity(
+            name="memory",
+            num_users=shape.users,
+            num_items=shape.items,
+            num_events=events,
+            catalogue="all",
+            time_unit=1.0,
+            min_timestamp=int(times.min()),
+            max_timestamp=int(times.max()),
+            max_events_per_user=int(events_B.max()),
+            source="memory",
+            source_checksum="",
+            content_checksum="",
+        )
         self.row_groups = [RowGroup("memory", 0, shape.users)]
 
     def read(self, group: RowGroup) -> UserRows:
