@@ -102,7 +102,7 @@ def per_token_sampled_softmax(
     Returns:
         The summed loss, float32 scalar, differentiable in outputs, positives and candidates.
     """
-    inputs = (outputs_TD.float(), positives_TD.float(), candidates_UD.float())
+    inputs = tuple(_whole_vectors(x.float()) for x in (outputs_TD, positives_TD, candidates_UD))
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     return _PerToken.apply(*inputs, negative_index_TK, positive_index_T, temperature, bias_U, chunk_tokens, needs_grad)
 
@@ -223,6 +223,13 @@ class _Shared(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss):
         return _scaled_gradients(ctx, grad_loss)
+
+
+def _whole_vectors(x: Tensor) -> Tensor:
+    """x with zero columns up to a multiple of 8, on a CPU: they change no product, and at D = 50 torch's sampled products
+    take twice the time that they take at 56."""
+    missing = -x.shape[1] % 8
+    return torch.nn.functional.pad(x, (0, missing)) if missing and x.device.type == "cpu" else x
 
 
 def _csr(crow: Tensor, column_N: Tensor, value_N: Tensor, shape: Tuple[int, int]) -> Tensor:
