@@ -172,13 +172,22 @@ class Trainer:
         return loss, int(positions), stops > 0
 
     def _diverged(self, batch: SequenceBatch, loss_sum: float, step: int) -> UserError:
-        users = batch.user_ids_B.tolist()
+        """Every rank comes here, since the loss is that of all; the users are those of the ranks where it broke."""
+        mine = [] if math.isfinite(loss_sum) else batch.user_ids_B.tolist()
+        users = [user for some in self._gathered(mine) for user in some]
         shown = ", ".join(map(str, users[:10])) + (f", … ({len(users)} in all)" if len(users) > 10 else "")
-        whose = f"users of its batch: {shown}" if not math.isfinite(loss_sum) else "the batch of another rank"
+        whose = f"users of its batch: {shown}"
         return UserError(
             f"step {step}: the loss is not finite, stopped before the update; {whose}; "
             "try a lower optimizer.learning_rate or optimizer.clip_grad_norm"
         )
+
+    def _gathered(self, value: Any) -> List[Any]:
+        values = [value]
+        if self.world.size > 1:
+            values = [None] * self.world.size
+            dist.all_gather_object(values, value)
+        return values
 
     def _log(self, losses: List[Tuple[float, int]], rate: Rate) -> None:
         positions = sum(count for _, count in losses)
@@ -239,10 +248,7 @@ class Trainer:
         return self.received[0] if self.received else signal.SIGTERM
 
     def _save(self, is_best: bool, evaluation_due: bool = False) -> None:
-        positions = [self.position.to_dict()]
-        if self.world.size > 1:
-            positions = [None] * self.world.size
-            dist.all_gather_object(positions, self.position.to_dict())
+        positions = self._gathered(self.position.to_dict())
         state = {
             "step": self.position.step,
             "epoch": self._epochs_done(),
