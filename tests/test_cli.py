@@ -189,7 +189,7 @@ def test_mistakes_with_a_run_get_one_line(finished, capsys, tmp_path):
     assert (run / "config.yaml").read_text() == before
     early = ("--data.split", "temporal", "--data.temporal_cutoffs", "[1]")
     elsewhere = ("train", SMOKE, "--data.path", data, "--output", tmp_path / "run", *early)
-    assert "no user has two events in the train split" in mistake(capsys, *elsewhere)
+    assert "no user has two events in the test and the train split" in mistake(capsys, *elsewhere)
     assert not (tmp_path / "run").exists()
     os.system(f"cp -r {data} {tmp_path}/data")
     part = next((tmp_path / "data" / "train").iterdir())
