@@ -150,7 +150,7 @@ def test_checkpoints_can_live_in_a_bucket(small_dataset, tmp_path):
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_another_data_set_is_refused(small_dataset, tmp_path):
+def test_another_data_set_or_split_is_refused(small_dataset, tmp_path):
     from data_pipelines.events import prepare_events
 
     train(tiny(small_dataset, max_epochs=1), tmp_path / "run")
@@ -159,9 +159,13 @@ def test_another_data_set_is_refused(small_dataset, tmp_path):
     prepare_events([str(log)], "user", "item", "time", str(tmp_path / "other"))
     config = tiny(str(tmp_path / "other"))
     run = RunFolder.open(str(tmp_path / "run"))
-    with pytest.raises(UserError, match="another model; num_items"):
+    with pytest.raises(UserError, match="trained on another data set"):
         train(config, tmp_path / "run", resume=True)
-    assert run.config().data.path == small_dataset
+    config = tiny(small_dataset)
+    config.data.split = "leave_two_out"
+    with pytest.raises(UserError, match="data.split is leave_one_out in this run, not leave_two_out"):
+        train(config, tmp_path / "run", resume=True)
+    assert run.config().data.path == small_dataset and run.config().data.split == "leave_one_out"
     with pytest.raises(UserError, match="not the data set"):
         with open_model(run, run.config(["--data.path", str(tmp_path / "other")]), "best"):
             pass
