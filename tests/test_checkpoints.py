@@ -137,9 +137,16 @@ class Bucket(PathHandler):
         os.remove(self._local(path))
 
 
-def test_checkpoints_can_live_in_a_bucket(small_dataset, tmp_path):
+@pytest.fixture
+def bucket(tmp_path):
     (tmp_path / "bucket").mkdir()
+    path_manager.cache_clear()  # handlers cannot be taken back, so this manager is thrown away afterwards
     path_manager().register_handler(Bucket(str(tmp_path / "bucket")), allow_override=True)
+    yield tmp_path / "bucket"
+    path_manager.cache_clear()
+
+
+def test_checkpoints_can_live_in_a_bucket(small_dataset, tmp_path, bucket):
     config = tiny(small_dataset, checkpoint_every_steps=2)
     whole = train(config, tmp_path / "whole")
     config.trainer.checkpoint_folder = "bucket://run"

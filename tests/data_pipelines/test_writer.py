@@ -211,8 +211,10 @@ class Bucket(NativePathHandler):
 
 @pytest.fixture
 def bucket(tmp_path):
+    path_manager.cache_clear()  # handlers cannot be taken back, so this manager is thrown away afterwards
     path_manager().register_handler(Bucket(tmp_path / "bucket"), allow_override=True)
-    return tmp_path / "bucket"
+    yield tmp_path / "bucket"
+    path_manager.cache_clear()
 
 
 def test_an_address_gets_the_same_data_set_in_place(tmp_path, bucket):
