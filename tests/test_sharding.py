@@ -11,7 +11,8 @@ from sharding_jobs import tiny
 from workers import worker_processes
 
 from fuxi_torchrec.cli import main
-from fuxi_torchrec.config import Config, check, check_table
+from fuxi_torchrec.config import Config
+from fuxi_torchrec.config_check import check, check_table
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.tables import choose_table, init_rows
 
