@@ -1,7 +1,7 @@
 """Checkpoints by torch.distributed.checkpoint: model, optimizer, and where training stands. Complete or absent.
 
-    checkpoints/step-00000048/   DCP's shards, config.yaml, and complete.json: the marker, written last, with the state
-                                 of training and the size and checksum of every file
+    checkpoints/step-00000048/   DCP's shards, config.yaml, sharding_plan.json, and complete.json: the marker, written
+                                 last, with the state of training and the size and checksum of every file
     checkpoints/index.json       {"last": folder, "best": folder, "best_value": …} for readers; the markers decide
 
 The newest `trainer.keep_checkpoints` and the best are kept.

@@ -15,24 +15,14 @@ from torchrec.distributed.types import ShardingPlan
 from fuxi_torchrec import planning
 from fuxi_torchrec.config import Config
 from fuxi_torchrec.errors import UserError
-from fuxi_torchrec.model import TABLE, build_model
+from fuxi_torchrec.model import build_model
 from fuxi_torchrec.planning import GIB, Machine
+from fuxi_torchrec.shards import FLOAT_BYTES, Shard, planned_shards, replicated_shards
 from fuxi_torchrec.tables import TableChoice, choose_table
 
-ID_BYTES, FLOAT_BYTES = 8, 4
+ID_BYTES = 8
 # Floats kept for backward, per token and block, in widths of the model: measured on no device, an upper guess.
 KEPT_WIDTHS = 24
-
-
-@dataclass
-class Shard:
-    """A rectangle of the table on a rank."""
-
-    rank: int
-    row: int
-    column: int
-    rows: int
-    columns: int
 
 
 @dataclass
@@ -91,10 +81,10 @@ def report(config: Config, machine: Machine, items: int, events: float) -> Repor
     if choice.is_sharded:
         planning.apply_table_optimizer(model.embeddings, choice, config)
         plan, reason = _plan(model, config, choice, machine, items, events)
-        shards, sharding = _shards(plan)
+        shards, sharding = planned_shards(plan)
     else:
         sharding = "replicated"
-        shards = [Shard(rank, 0, 0, items, config.model.embedding_dim) for rank in range(machine.world_size)]
+        shards = replicated_shards(items, config.model.embedding_dim, machine.world_size)
     dense = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("embeddings"))
     made = _report(config, machine, items, choice, sharding, shards, per_user, dense)
     if not reason and max(made.memory_bytes) > made.available_bytes:
@@ -113,14 +103,6 @@ def _plan(
         return planning.plan_table(model, config, choice, endless, items, events)[0], str(error)
 
 
-def _shards(plan: ShardingPlan) -> Tuple[List[Shard], str]:
-    sharding = plan.plan["embeddings"][TABLE]
-    shards = [
-        Shard(part.placement.rank(), *part.shard_offsets, *part.shard_sizes) for part in sharding.sharding_spec.shards
-    ]
-    return shards, sharding.sharding_type
-
-
 def _report(
     config: Config,
     machine: Machine,
@@ -136,8 +118,8 @@ def _report(
     table, state, lookups = ([0] * world for _ in range(3))
     served = [0.0] * world  # bytes a rank exchanges with each other rank over its own shards
     for shard in shards:
-        table[shard.rank] += shard.rows * shard.columns * FLOAT_BYTES
-        state[shard.rank] += _state_floats(choice.optimizer, shard) * FLOAT_BYTES
+        table[shard.rank] += shard.table_bytes
+        state[shard.rank] += shard.optimizer_bytes(choice.optimizer)
         served[shard.rank] += ids * shard.rows / items * (ID_BYTES + 2 * shard.columns * FLOAT_BYTES)
     if choice.is_sharded:
         traffic = [round(sum(served) - own + (world - 1) * own) for own in served]
@@ -168,11 +150,6 @@ def _report(
         dense_traffic_bytes=round(2 * 2 * (world - 1) / world * dense * FLOAT_BYTES),
         shards=[] if sharding == "replicated" else shards,
     )
-
-
-def _state_floats(optimizer: str, shard: Shard) -> int:
-    cells = shard.rows * shard.columns
-    return {"rowwise_adagrad": shard.rows, "adagrad": cells, "adam": 2 * cells, "adamw": 2 * cells}[optimizer]
 
 
 def imbalance(values: List[int]) -> float:

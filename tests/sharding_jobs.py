@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from fuxi_torchrec import full_ranking
 from fuxi_torchrec.batch import collate
@@ -134,3 +135,21 @@ def first_move(world, config, output):
     trainer._step(trainer.pipeline.take(trainer.stream.epoch(trainer.position)), False)
     trainer.progression.close()
     return max(float((part - old).abs().max()) for (_, _, part), old in zip(local_parts(trainer.model), before))
+
+
+def held_and_saved(world, config, output):
+    """The bytes of the table and of its optimizer's state that this rank holds after a step, and the checkpoint's name."""
+    dataset = SequenceDataset(config.data.path)
+    run = RunFolder.create(output, config, dataset.identity, False) if world.is_main else RunFolder(output)
+    trainer = Trainer(config, dataset, run, world)
+    trainer._step(trainer.pipeline.take(trainer.stream.epoch(trainer.position)), False)
+    trainer._save(is_best=False)
+    trainer.progression.close()
+    state = trainer.optimizer.state_dict()["state"].get("embeddings.embeddings.item.weight", {})
+    state_bytes = sum(part.nbytes for value in state.values() for part in held(value) if part.dim())  # not the step count
+    return sum(part.nbytes for _, _, part in local_parts(trainer.model)), state_bytes, trainer.position.step
+
+
+def held(value):
+    """This rank's tensors of one entry of an optimizer's state."""
+    return [shard.tensor for shard in value.local_shards()] if isinstance(value, ShardedTensor) else [value]

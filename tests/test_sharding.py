@@ -96,6 +96,27 @@ def test_a_score_that_is_not_finite_is_the_same_error_on_every_rank(run, small_d
     assert "non-finite score for user" in messages[0]
 
 
+@pytest.mark.parametrize("sharding", ["replicated", "row_wise", "table_wise", "column_wise"])
+def test_a_checkpoint_tells_how_its_table_was_cut_and_what_each_rank_held(run, small_dataset, tmp_path, sharding):
+    config = tiny(small_dataset, sharding)
+    held = run(jobs.held_and_saved, 2, config, str(tmp_path / "run"))
+    folder = tmp_path / "run" / "checkpoints" / f"step-{held[0][2]:08d}"
+    plan = json.loads((folder / "sharding_plan.json").read_text())
+    assert "sharding_plan.json" in json.loads((folder / "complete.json").read_text())["files"]
+    table = plan["tables"]["item"]
+    replicated = sharding == "replicated"
+    assert plan["world_size"] == 2 and table["sharding"] == sharding and table["columns"] == 8
+    assert table["ranks"] == ([0, 1] if sharding != "table_wise" else [table["shards"][0]["rank"]])
+    assert table["compute_kernel"] == ("dense" if replicated else "fused")
+    assert table["optimizer"] == ("adamw" if replicated else "rowwise_adagrad")
+    cells = [shard["rows"] * shard["columns"] for shard in table["shards"]]
+    assert sum(cells) == (1 + replicated) * table["rows"] * 8
+    for rank, (table_bytes, state_bytes, _) in enumerate(held):
+        own = [shard for shard in table["shards"] if shard["rank"] == rank]
+        assert sum(shard["table_bytes"] for shard in own) == table_bytes
+        assert sum(shard["optimizer_bytes"] for shard in own) == state_bytes
+
+
 @pytest.mark.parametrize(
     "keys, words",
     [
