@@ -96,6 +96,8 @@ class LossConfig:
     """Masks candidates that are among the user's own events in the batch, past or future."""
     temperature: float = 0.05
     """Divisor of the logits, which are cosines."""
+    chunk_logits: int = 2**22
+    """Most logits that exist at a time, float32 each: bounds the loss's memory, whatever the batch."""
     l2_eps: float = 1e-6
     """Least norm that outputs and item embeddings are divided by."""
 

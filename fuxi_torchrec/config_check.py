@@ -50,7 +50,7 @@ def _bounded(config: Config):
     ones = {
         "data": ("max_sequence_length", "batch_size", "tokens_per_batch", "shuffle_buffer"),
         "model": ("embedding_dim", "num_blocks", "num_heads", "value_dim", "qk_dim", "padded_length"),
-        "loss": ("num_negatives", "max_in_batch"),
+        "loss": ("num_negatives", "max_in_batch", "chunk_logits"),
         "evaluation": ("batch_size", "every_epochs", "every_steps"),
         "trainer": ("max_epochs", "max_steps", "log_every_steps", "patience"),
     }

@@ -155,7 +155,7 @@ def build_optimizer(
     dense = KeyedOptimizerWrapper(
         dict(in_backward_optimizer_filter(model.named_parameters())),
         lambda parameters: torch.optim.AdamW(
-            parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+            parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
         ),
     )
     for groups, ratio in ((model.fused_optimizer.param_groups, table_rate_ratio), (dense.param_groups, 1.0)):

@@ -7,11 +7,10 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fuxi_torchrec.errors import UserError
-from fuxi_torchrec.ops.fused import dropout
+from fuxi_torchrec.ops.fused import add_positions
 from fuxi_torchrec.ops.jagged import JaggedLayout
 
 
@@ -68,9 +67,9 @@ class SequenceEncoder(nn.Module):
                 f"{self.padded_length}: cut the history or train with a longer table"
             )
         assert embeddings_TD.shape == (layout.num_tokens, self.embedding_dim)
-        position_TD = F.embedding(layout.position_T, self.position_embedding_ND)
-        x_TD = torch.add(position_TD, embeddings_TD, alpha=math.sqrt(self.embedding_dim))
-        x_TD = dropout(x_TD, self.input_dropout, self.training)
+        x_TD = add_positions(
+            embeddings_TD, self.position_embedding_ND, layout.position_T, self.input_dropout, self.training
+        )
         context = self.batch_context(timestamps_T, next_timestamps_T, layout)
         for block in self.blocks:
             x_TD = block(x_TD, context)
