@@ -163,6 +163,6 @@ def _temporal_backward(grad_v_PE, grad_PE, v_PE, layout, gaps, name: str, params
             scaled_GRE = grad_GRE if factor is None else (grad_GRE * factor).to(v_PE.dtype)
             grad_v_GWE = torch.bmm(map_GRW.to(v_PE.dtype).mT, scaled_GRE)
             _group_slots(grad_v_PE, group)[:last] += grad_v_GWE.transpose(0, 1)
-            for total, part in zip(grad_params, time_map.gradients(feature_GRW, map_GRW, grad_GRW, params)):
+            for total, part in zip(grad_params, time_map.backward(feature_GRW, map_GRW, grad_GRW, *params)):
                 total += part.view_as(total)
     return grad_params
