@@ -5,6 +5,7 @@ import os
 import re
 import time
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import resharding_jobs as reshards
@@ -14,7 +15,7 @@ from sharding_jobs import tiny
 from workers import worker_processes
 
 from fuxi_torchrec.cli import main
-from fuxi_torchrec.config import Config, check, check_table
+from fuxi_torchrec.config import Config, LossConfig, check, check_table
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.plan_report import report
 from fuxi_torchrec.planning import Machine
@@ -44,6 +45,30 @@ def test_one_two_and_four_processes_give_the_same_loss_curve(run, small_dataset,
     assert base[-1] < base[0] - 1  # it learns
     for world_size in (2, 4):
         assert (curve(world_size) - base).abs().max() <= 3 * spread
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        LossConfig(negatives="shared", sampling_alpha=0.5, log_q=True),
+        LossConfig(negatives="in_batch", log_q=True, mask_history=True),
+        LossConfig(negatives="mixed", log_q=True),
+    ],
+    ids=lambda loss: loss.negatives,
+)
+def test_negatives_across_ranks_and_a_table_cut_by_rows_change_no_loss(run, small_dataset, tmp_path, loss):
+    """The pools and in-batch items of all ranks are those of one process that has the whole batch."""
+
+    def curve(world_size):
+        config = tiny(small_dataset, "row_wise")
+        config.loss = replace(loss, cross_rank=True, num_negatives=jobs.CutPool.PIECES // world_size)
+        check(config)
+        return run(jobs.loss_curve, world_size, config, str(tmp_path / str(world_size)), 12)[0]
+
+    base = curve(1)
+    assert base[-1] < base[0] - 0.5  # it learns
+    for world_size in (2, 3):
+        assert curve(world_size) == pytest.approx(base, rel=1e-5)  # float32 noise, a little larger at each step
 
 
 def test_exchanging_ids_ahead_changes_no_loss_and_resumes_exactly(run, small_dataset, tmp_path):
