@@ -116,7 +116,7 @@ def _train(arguments: List[str]) -> int:
 
 
 def _run_training(config: Any, output: str, resume: bool) -> int:
-    from fuxi_torchrec.config import check_table
+    from fuxi_torchrec.config_check import check_table
     from fuxi_torchrec.data_format import read_identity
 
     if "://" not in config.data.path:

@@ -2,7 +2,8 @@
 
 from typing import List, Optional, Tuple
 
-from fuxi_torchrec.config import Config, check_table
+from fuxi_torchrec.config import Config
+from fuxi_torchrec.config_check import check_table
 from fuxi_torchrec.config_io import OneLineParser, add_config_arguments, parse_config
 from fuxi_torchrec.data_format import read_identity
 from fuxi_torchrec.errors import UserError

@@ -25,7 +25,8 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from fuxi_torchrec import planning
-from fuxi_torchrec.config import Config, OptimizerConfig, check_table
+from fuxi_torchrec.config import Config, OptimizerConfig
+from fuxi_torchrec.config_check import check_table
 from fuxi_torchrec.data_format import DatasetIdentity
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.model import TABLE, SequenceRecommender, build_model

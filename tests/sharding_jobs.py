@@ -9,7 +9,8 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from fuxi_torchrec import full_ranking
 from fuxi_torchrec.batch import collate
-from fuxi_torchrec.config import Config, check
+from fuxi_torchrec.config import Config
+from fuxi_torchrec.config_check import check
 from fuxi_torchrec.dataset import SequenceDataset, concatenate, windows
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.evaluation import evaluate

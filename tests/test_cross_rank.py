@@ -10,7 +10,8 @@ import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from fuxi_torchrec.batch import collate
-from fuxi_torchrec.config import Config, LossConfig, check
+from fuxi_torchrec.config import Config, LossConfig
+from fuxi_torchrec.config_check import check
 from fuxi_torchrec.dataset import UserRows, Windows
 from fuxi_torchrec.model import build_model
 from fuxi_torchrec.negatives import NegativeSampler

@@ -9,7 +9,8 @@ import torch
 
 from fuxi_torchrec.batch import EVENTS, NEGATIVES, collate
 from fuxi_torchrec.candidates import HistoryMask, RankShare, expected_count, shared_candidates
-from fuxi_torchrec.config import Config, LossConfig, check
+from fuxi_torchrec.config import Config, LossConfig
+from fuxi_torchrec.config_check import check
 from fuxi_torchrec.dataset import SequenceDataset, UserRows, Windows
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.item_sampling import AliasTable, ItemDistribution

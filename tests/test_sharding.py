@@ -15,7 +15,8 @@ from sharding_jobs import tiny
 from workers import worker_processes
 
 from fuxi_torchrec.cli import main
-from fuxi_torchrec.config import Config, LossConfig, check, check_table
+from fuxi_torchrec.config import Config, LossConfig
+from fuxi_torchrec.config_check import check, check_table
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.plan_report import report
 from fuxi_torchrec.planning import Machine

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fuxi_torchrec.ops import time_maps, token_mixing
+from fuxi_torchrec.ops import mixing_blocked, time_maps
 from fuxi_torchrec.ops.jagged import JaggedLayout, from_padded, from_slots, to_padded, to_slots
 from fuxi_torchrec.ops.time_maps import TimeGaps, gap_feature
 from fuxi_torchrec.ops.token_mixing import mix_tokens
@@ -80,7 +80,7 @@ def test_float32_is_close_to_float64(names):
 
 def test_small_strips_groups_and_uncached_gaps_change_nothing(monkeypatch):
     expected = output_and_gradients(JAGGED, ("positional", "pow"), "blocked", torch.float64)
-    monkeypatch.setattr(token_mixing, "STRIP_ROWS", 7)
+    monkeypatch.setattr(mixing_blocked, "STRIP_ROWS", 7)
     monkeypatch.setattr(time_maps, "CACHED_ENTRIES", 0)
     monkeypatch.setattr("fuxi_torchrec.ops.jagged.SLOTS_PER_GROUP", 1)
     assert_close(output_and_gradients(JAGGED, ("positional", "pow"), "blocked", torch.float64), expected, 1e-12)

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from fuxi_torchrec.ops.jagged import JaggedLayout, LengthGroup
 
+Channel = Tuple[str, Sequence[Tensor]]
+"""A token-mixing channel: its map's name and parameters, as `token_mixing` describes them."""
 NUM_BUCKETS = 128
 """Largest bucket of the bucketed map; its table has one entry more (FuXi-α section 3.3, as in HSTU's code)."""
 CACHED_ENTRIES = 2**24
