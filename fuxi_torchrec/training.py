@@ -49,7 +49,7 @@ class Trainer:
         torch.manual_seed(seed)
         self.model, self.table = build_distributed(config, dataset.identity, world)
         self.optimizer = build_optimizer(self.model, config.optimizer, self.table.rate_ratio)
-        self.pipeline = build_pipeline(config, self.model, world.device, self.table.is_sharded)
+        self.pipeline = build_pipeline(config, self.model, world.device)
         frequency_V = training_frequency(config.loss, dataset)
         sampler = NegativeSampler(config.loss, num_items, seed, world.rank, frequency_V)
         self.stream = TrainingStream(dataset, config.data, sampler, seed, world.rank, world.size)

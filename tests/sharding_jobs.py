@@ -159,6 +159,19 @@ def first_move(world, config, output):
     return max(float((part - old).abs().max()) for (_, _, part), old in zip(local_parts(trainer.model), before))
 
 
+def exchanged_ahead(world, config, output):
+    """How many lookups of the next batch are on their way once a batch's forward pass is done."""
+    dataset = SequenceDataset(config.data.path)
+    run = RunFolder.create(output, config, dataset.identity, False) if world.is_main else RunFolder(output)
+    trainer = Trainer(config, dataset, run, world)
+    batches = trainer._in_step(trainer.stream.epoch(trainer.position))
+    trainer.pipeline.forward(trainer.pipeline.take(batches))
+    ahead = len(trainer.pipeline.contexts[1].input_dist_tensors_requests)
+    trainer.pipeline.drop()
+    trainer.progression.close()
+    return ahead
+
+
 def held_and_saved(world, config, output):
     """The bytes of the table and of its optimizer's state that this rank holds after a step, and the checkpoint's name."""
     dataset = SequenceDataset(config.data.path)

@@ -72,11 +72,12 @@ def test_negatives_across_ranks_and_a_table_cut_by_rows_change_no_loss(run, smal
         assert curve(world_size) == pytest.approx(base, rel=1e-5)  # float32 noise, a little larger at each step
 
 
-def test_exchanging_ids_ahead_changes_no_loss_and_resumes_exactly(run, small_dataset, tmp_path):
+@pytest.mark.parametrize("sharding", ["row_wise", "replicated"])
+def test_exchanging_ids_ahead_changes_no_loss_and_resumes_exactly(run, small_dataset, tmp_path, sharding):
     """Uneven ranks, evaluations in the middle of an epoch, and a run cut off at step 7."""
 
     def config(pipeline, **trainer):
-        config = tiny(small_dataset, "row_wise", train_pipeline=pipeline, max_epochs=2, log_every_steps=1, **trainer)
+        config = tiny(small_dataset, sharding, train_pipeline=pipeline, max_epochs=2, log_every_steps=1, **trainer)
         config.data.batch_size, config.evaluation.every_steps = 10, 3
         return config
 
@@ -84,6 +85,11 @@ def test_exchanging_ids_ahead_changes_no_loss_and_resumes_exactly(run, small_dat
     assert run(jobs.trained, 2, config("sparse_dist"), str(tmp_path / "ahead"))[0] == base
     run(jobs.trained, 2, config("sparse_dist", max_steps=7), str(tmp_path / "cut"))
     assert run(jobs.trained, 2, config("sparse_dist"), str(tmp_path / "cut"), True)[0] == base
+
+
+def test_the_next_batchs_ids_are_on_their_way_before_backward(run, small_dataset, tmp_path):
+    config = tiny(small_dataset, "row_wise", train_pipeline="sparse_dist")
+    assert run(jobs.exchanged_ahead, 2, config, str(tmp_path / "run")) == [1, 1]
 
 
 def test_the_schedule_reaches_a_sharded_table_in_the_step_it_belongs_to(run, small_dataset, tmp_path):
