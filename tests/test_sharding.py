@@ -218,14 +218,17 @@ def test_a_checkpoint_tells_how_its_table_was_cut_and_what_each_rank_held(run, s
     [
         (dict(sharding="row_wise", optimizer="adamw"), "table.optimizer: adamw trains only replicated.*rowwise_adagrad"),
         (dict(sharding="replicated", optimizer="rowwise_adagrad"), "table.optimizer: .*take adamw, or table.sharding"),
+        (dict(optimizer="adamw", learning_rate=0.1), "table.learning_rate: .*optimizer.learning_rate"),
+        (dict(sharding="row_wise", embedding_dim=50), "model.embedding_dim: .*multiple of 4, not 50; .*=replicated"),
+        (dict(optimizer="adagrad", embedding_dim=50), "model.embedding_dim: .*multiple of 4, not 50; .*=replicated"),
         (dict(sharding="row_wise", optimizer="adam"), "table.optimizer: .*no fused adam on a CPU; take rowwise_adagrad"),
         (dict(sharding="replicated", learning_rate=0.1), "table.learning_rate: .*optimizer.learning_rate"),
         (dict(sharding="row_wise", hbm_gb=0.0), "table.hbm_gb: 0.0 must be greater than 0"),
     ],
 )
 def test_what_cannot_train_is_refused_with_its_key_and_the_alternatives(keys, words):
-    config = Config()
-    config.trainer.device, config.model.embedding_dim = "cpu", 8
+    config, keys = Config(), dict(keys)
+    config.trainer.device, config.model.embedding_dim = "cpu", keys.pop("embedding_dim", 8)
     for key, value in keys.items():
         setattr(config.table, key, value)
     with pytest.raises(UserError, match=words):
