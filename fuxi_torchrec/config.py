@@ -184,8 +184,7 @@ class TrainerConfig:
     timeout_minutes: float = 30.0
     """A process that keeps the others waiting longer than this is given up, and the run stops."""
     train_pipeline: Optional[Literal["base", "sparse_dist"]] = None
-    """sparse_dist: the ids of the next batch are exchanged while this one computes; null: sparse_dist on CUDA where the
-    table is sharded, else base."""
+    """sparse_dist: the ids of the next batch are exchanged while this one computes; null: sparse_dist on CUDA, else base."""
     metric: str = "ndcg@10"
     """Higher is better, except for cross_entropy. Decides the best checkpoint and early stopping."""
     patience: Optional[int] = None

@@ -121,8 +121,7 @@ def plan_table(
         UserError: no plan fits into the memory.
     """
     topology = machine.topology()
-    kinds = [choice.sharding] if choice.sharding in SHARDINGS else list(SHARDINGS)
-    types = [ShardingType[kind.upper()].value for kind in kinds]
+    types = [ShardingType[kind.upper()].value for kind in _shardings(choice)]
     width = config.model.embedding_dim
     constraints = ParameterConstraints(
         sharding_types=types,
@@ -144,6 +143,14 @@ def plan_table(
     except PlannerError as error:
         raise _does_not_fit(config, machine, num_items) from error
     return plan, planner._best_plan or []
+
+
+def _shardings(choice: TableChoice) -> Tuple[str, ...]:
+    """What the planner may choose among. Row-wise Adagrad trains every part of a row by itself: to cut columns would make
+    a run depend on the number of ranks, and its state unfit for another, so only who asks for it by name gets it."""
+    if choice.sharding in SHARDINGS:
+        return (choice.sharding,)
+    return tuple(kind for kind in SHARDINGS if (kind, choice.optimizer) != ("column_wise", "rowwise_adagrad"))
 
 
 def narrowest_part(width: int, world_size: int) -> Optional[int]:
