@@ -261,7 +261,7 @@ def test_another_world_size_gets_the_same_model_and_goes_on(
     "before, options, says",
     [
         ("if os.environ['RANK'] == '1': sys.argv += ['--optimizer.learning_rate', '0.5']\n", (), "rank 1: optimizer"),
-        ("", ("--data.path", "TINY"), "1 row groups of users are too few for 2 processes"),
+        ("", ("--data.path", "TINY"), "1 users are too few for 2 processes"),
         (
             "from fuxi_torchrec.dataset import SequenceDataset\nread = SequenceDataset.read\n"
             "def fail(self, group, **more):\n"
@@ -279,7 +279,7 @@ def test_a_bad_world_gets_one_error_and_ends(small_dataset, undisturbed, tmp_pat
     if "--resume" in options:
         shutil.copytree(undisturbed, tmp_path / "run")
     if "TINY" in options:
-        write_events(tmp_path / "log.csv", 8)
+        write_events(tmp_path / "log.csv", 1)
         prepare_events([str(tmp_path / "log.csv")], "user", "item", "time", str(tmp_path / "tiny"))
         options = ("--data.path", tmp_path / "tiny")
     launch = Launch(tmp_path, small_dataset, tmp_path / "run", *options, before=before)
