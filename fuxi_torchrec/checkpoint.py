@@ -166,6 +166,12 @@ class Checkpoints:
 
     def _finish(self, name: str, marker: Dict[str, Any]) -> None:
         path = join(self.folder, name)
+        unseen = storage.unseen(path, marker["files"])
+        if unseen:
+            raise UserError(
+                f"{path}: checkpoint not complete, since {unseen}, which another rank wrote, cannot be seen from rank 0; "
+                "keep checkpoints in a folder that all ranks share (--output, trainer.checkpoint_folder)"
+            )
         for file, text in self.beside.items():
             marker["files"][file] = storage.write_text(join(path, file), text)
         storage.write_text(join(path, storage.MARKER), json.dumps(marker, indent=2))

@@ -28,7 +28,7 @@ from fuxi_torchrec import planning
 from fuxi_torchrec.config import Config, OptimizerConfig
 from fuxi_torchrec.config_check import check_table
 from fuxi_torchrec.data_format import DatasetIdentity
-from fuxi_torchrec.errors import UserError
+from fuxi_torchrec.errors import LostProcess, UserError
 from fuxi_torchrec.model import TABLE, SequenceRecommender, build_model
 from fuxi_torchrec.tables import TableChoice, choose_table, init_rows
 from fuxi_torchrec.versions import fbgemm_has_cuda
@@ -86,7 +86,7 @@ def start_world(device: str = "auto", timeout_minutes: float = 30.0) -> Iterator
 
     nccl on CUDA, gloo elsewhere. A collective that waits longer than timeout_minutes fails.
 
-    Raises UserError where CUDA is asked for and absent.
+    Raises UserError where CUDA is asked for and absent, LostProcess where the others do not come.
     """
     use_cuda = device_type(device) == "cuda"
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -96,7 +96,14 @@ def start_world(device: str = "auto", timeout_minutes: float = 30.0) -> Iterator
         torch.cuda.set_device(place)
     backend = "nccl" if use_cuda else "gloo"
     if size > 1:
-        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+        try:
+            dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+        except dist.DistError as error:
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise LostProcess(
+                f"rank {rank} of {size}: the processes did not meet at {where} within {timeout_minutes:g} minutes "
+                f"({str(error).splitlines()[0][:200]}); start every rank, or raise trainer.timeout_minutes"
+            ) from error
     else:
         # An in-process store: a single process needs no port, which another job could hold.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
