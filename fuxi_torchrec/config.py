@@ -120,6 +120,11 @@ class TableConfig:
     """GPU memory of a rank, GiB, that the planner counts with; null: the device's own."""
     ddr_gb: Optional[float] = None
     """Host memory of a rank, GiB; null: the machine's, shared by its ranks."""
+    intra_host_gb_s: Optional[float] = None
+    """What the planner takes a rank to exchange with ranks of its own host, 10^9 bytes a second; null: TorchRec's default
+    (NVLink's 644)."""
+    inter_host_gb_s: Optional[float] = None
+    """The same with ranks of other hosts; null: TorchRec's default (13.4, a 100 Gbit/s card for every rank)."""
 
 
 @dataclass
