@@ -12,6 +12,11 @@ EncoderName = Literal["fuxi_beta", "fuxi_alpha", "hstu", "sasrec"]
 ChannelName = Literal["positional", "temporal", "bucketed_temporal", "semantic"]
 BiasFunction = Literal["pow", "exp", "log", "linear", "sin", "mixed", "nn", "zero"]
 SplitName = Literal["train", "validation", "test"]
+CHANNEL_PRESETS: Dict[str, Tuple[ChannelName, ...]] = {
+    "fuxi_beta": ("positional", "temporal"),
+    "fuxi_alpha": ("positional", "bucketed_temporal", "semantic"),
+}
+"""The channels of the FuXi encoders where model.channels is null."""
 
 
 @dataclass

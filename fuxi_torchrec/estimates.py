@@ -11,7 +11,7 @@ from fuxi_torchrec.config import Config
 ID_BYTES, FLOAT_BYTES = 8, 4
 # Floats kept for backward, per token and block, in widths of the model: measured on no device, an upper guess.
 KEPT_WIDTHS = 24
-# Logits of a chunk of the loss, their exponentials and a mask: ops/sampled_softmax.py, SHARED_CHUNK_ELEMENTS.
+# A logit of a chunk of the loss, its exponential and a mask.
 LOGIT_BYTES = 2 * FLOAT_BYTES + 1
 # Matrices of the candidates' size that are alive at once: forward the embeddings (twice where ranks' counts differ) and
 # their gradient, backward the gradient kept, scaled, and laid out for the exchange. Of a rank's own candidates besides:

@@ -6,13 +6,13 @@ Shapes: T tokens, D embedding, H heads, d value and q query/key size per head, C
 """
 
 from dataclasses import dataclass
-from typing import Optional, Sequence, Tuple
+from typing import Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fuxi_torchrec.config import ModelConfig
+from fuxi_torchrec.config import CHANNEL_PRESETS, ModelConfig
 from fuxi_torchrec.encoders import streaming
 from fuxi_torchrec.encoders.base import SequenceEncoder, reset_linear_bias
 from fuxi_torchrec.encoders.channels import BucketedTemporalChannel, FunctionalTemporalChannel, PositionalChannel
@@ -26,7 +26,6 @@ from fuxi_torchrec.ops.token_mixing import mix_tokens
 
 CHANNEL_ORDER = ("positional", "temporal", "bucketed_temporal", "semantic")
 """The order of the channels in a block, whatever their order in the config."""
-FUXI_ALPHA_CHANNELS = ("positional", "bucketed_temporal", "semantic")
 
 
 @dataclass
@@ -188,5 +187,5 @@ class FuXiEncoder(SequenceEncoder):
 
 def build_fuxi_alpha(config: ModelConfig, padded_length: int, time_unit: float) -> FuXiEncoder:
     """FuXi-α: positional, bucketed temporal and semantic channels, unless config.channels says otherwise."""
-    channels: Optional[Sequence[str]] = config.channels
-    return FuXiEncoder(config, FUXI_ALPHA_CHANNELS if channels is None else channels, padded_length, time_unit)
+    channels = CHANNEL_PRESETS["fuxi_alpha"] if config.channels is None else config.channels
+    return FuXiEncoder(config, channels, padded_length, time_unit)
