@@ -8,7 +8,7 @@ are made in float32, turned into the three gradients, and dropped. What is kept 
 """
 
 import warnings
-from typing import Callable, Optional, Tuple
+from typing import Callable, Literal, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ CHUNK_TOKENS = 2048
 CandidateMask = Callable[[slice], Tensor]
 # Logits of a chunk with a shared pool, in elements.
 SHARED_CHUNK_ELEMENTS = 1 << 22
+Implementation = Literal["auto", "chunked", "triton"]
+"""How a loss is computed: chunk by chunk in torch, or by the CUDA kernels of `triton_softmax`; "auto" takes those for CUDA
+tensors, which no GPU has timed yet."""
 
 
 def l2_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
@@ -85,6 +88,7 @@ def per_token_sampled_softmax(
     temperature: float,
     bias_U: Optional[Tensor] = None,
     chunk_tokens: int = CHUNK_TOKENS,
+    implementation: Implementation = "auto",
 ) -> Tensor:
     """Sampled softmax with K negatives drawn for every token, looked up once per unique id.
 
@@ -97,11 +101,17 @@ def per_token_sampled_softmax(
             that equal it are masked.
         temperature: τ.
         bias_U: float32 constants added to the candidates' logits (logQ); None for nothing.
-        chunk_tokens: least tokens handled at a time.
+        chunk_tokens: least tokens handled at a time, where it is done in chunks.
+        implementation: see Implementation.
 
     Returns:
         The summed loss, float32 scalar, differentiable in outputs, positives and candidates.
     """
+    kernels = _triton_kernels("per_token", implementation, outputs_TD)
+    if kernels is not None:
+        return kernels.triton_per_token_softmax(
+            outputs_TD, positives_TD, candidates_UD, negative_index_TK, positive_index_T, temperature, bias_U
+        )
     inputs = tuple(_whole_vectors(x.float()) for x in (outputs_TD, positives_TD, candidates_UD))
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     return _PerToken.apply(*inputs, negative_index_TK, positive_index_T, temperature, bias_U, chunk_tokens, needs_grad)
@@ -116,6 +126,7 @@ def shared_sampled_softmax(
     temperature: float,
     bias_P: Optional[Tensor] = None,
     mask: Optional[CandidateMask] = None,
+    implementation: Implementation = "auto",
 ) -> Tensor:
     """Sampled softmax with one pool of negatives for all tokens: the logits of a chunk are one matrix product.
 
@@ -125,13 +136,29 @@ def shared_sampled_softmax(
         temperature: τ.
         bias_P: float32 constants added to the pool's logits (logQ; MASKED_LOGIT takes an entry out for all tokens).
         mask: further candidates to leave out, asked for one chunk of tokens at a time.
+        implementation: see Implementation.
 
     Returns:
         The summed loss, float32 scalar, differentiable in outputs, positives and pool.
     """
+    kernels = _triton_kernels("shared", implementation, outputs_TD)
+    if kernels is not None:
+        return kernels.triton_shared_softmax(
+            outputs_TD, positives_TD, pool_PD, pool_ids_P, positive_ids_T, temperature, bias_P, mask
+        )
     inputs = (outputs_TD.float(), positives_TD.float(), pool_PD.float())
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     return _Shared.apply(*inputs, pool_ids_P, positive_ids_T, temperature, bias_P, mask, needs_grad)
+
+
+def _triton_kernels(loss: str, implementation: Implementation, outputs_TD: Tensor):
+    """The module with the CUDA kernels, where it is asked for or the choice for these tensors; else None."""
+    assert implementation in ("auto", "chunked", "triton"), implementation
+    if implementation == "chunked" or (implementation == "auto" and not outputs_TD.is_cuda):
+        return None
+    from fuxi_torchrec.ops import triton_softmax
+
+    return triton_softmax if implementation == "triton" or triton_softmax.can_run(loss, outputs_TD) else None
 
 
 def _chunk_loss(positive_C: Tensor, negative_CX: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor]:

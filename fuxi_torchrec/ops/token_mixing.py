@@ -13,11 +13,12 @@ from typing import List, Literal, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
+from fuxi_torchrec.ops import triton_mixing
 from fuxi_torchrec.ops.jagged import JaggedLayout, LengthGroup, from_padded, slots_with_zero_padding, to_padded
 from fuxi_torchrec.ops.time_maps import TIME_MAPS, TimeGaps, gap_feature
 
 Channel = Tuple[str, Sequence[Tensor]]
-Implementation = Literal["auto", "reference", "blocked"]
+Implementation = Literal["auto", "reference", "blocked", "triton"]
 
 STRIP_ROWS = 100
 """Rows of the maps that exist at a time, per user; columns right of a strip are skipped (causality)."""
@@ -39,7 +40,9 @@ def mix_tokens(
             products are in v's type.
         gaps: the batch's time gaps; needed by temporal channels, shared by all blocks.
         implementation: "reference" is dense, padded and obvious; "blocked" is exact and causal in length groups and
-            strips of rows, keeps no map and makes it again in backward; "auto" is the fastest for the input.
+            strips of rows, keeps no map and makes it again in backward; "triton" is a fused CUDA kernel
+            (`triton_mixing`); "auto" is the fastest for the input on a CPU, and on CUDA "triton" wherever its kernels
+            know the channels, which no GPU has timed yet.
 
     Returns:
         [T, H, C, d] in v's type: per head, the channels' outputs side by side, in the order given.
@@ -47,6 +50,8 @@ def mix_tokens(
     assert channels, "at least one channel"
     if implementation == "reference":
         return _mix_reference(values_THd, layout, channels, gaps)
+    if implementation == "triton" or (implementation == "auto" and triton_mixing.can_mix(values_THd, channels)):
+        return triton_mixing.triton_mix_tokens(values_THd, layout, channels, gaps)
     assert implementation in ("auto", "blocked"), implementation
     params = [p for _, ps in channels for p in ps]
     counts = tuple((name, len(ps)) for name, ps in channels)

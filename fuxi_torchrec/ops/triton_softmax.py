@@ -27,18 +27,17 @@ from fuxi_torchrec.ops.triton_common import (
     tuned,
 )
 
-WIDEST_SHARED = 256
-"""Largest D of the shared kernels: a tile holds whole rows."""
-WIDEST_PER_TOKEN = 2048
+WIDEST = {"shared": 256, "per_token": 2048}
+"""Largest D of each loss: a tile holds whole rows."""
 PROGRAMS = 512
 """Programs wanted of the pool's backward; it decides, with the shapes alone, the number of partial sums."""
 PIECE = 512
 """Entries of one candidate that a program of the candidates' backward adds up; a popular candidate has several."""
 
 
-def can_run(outputs_TD: Tensor, widest: int) -> bool:
-    """Whether the kernels can run on this device and at this width."""
-    return outputs_TD.is_cuda and outputs_TD.shape[1] <= widest and is_installed()
+def can_run(loss: str, outputs_TD: Tensor) -> bool:
+    """Whether the kernels of a loss of WIDEST can run on this device and at this width."""
+    return outputs_TD.is_cuda and outputs_TD.shape[1] <= WIDEST[loss] and is_installed()
 
 
 def triton_shared_softmax(
@@ -51,7 +50,7 @@ def triton_shared_softmax(
     bias_P: Optional[Tensor] = None,
     mask: Optional[CandidateMask] = None,
 ) -> Tensor:
-    """`sampled_softmax.shared_sampled_softmax` by the kernels of this module; D at most WIDEST_SHARED.
+    """`sampled_softmax.shared_sampled_softmax` by the kernels of this module; D at most WIDEST.
 
     A mask is asked for, and used, one chunk of tokens at a time; without one there is a single chunk.
 
@@ -59,7 +58,7 @@ def triton_shared_softmax(
         RuntimeError: triton is missing, or the tensors are not on a GPU (and the interpreter is off).
         ValueError: D is larger than the kernels hold.
     """
-    _check(outputs_TD, WIDEST_SHARED)
+    _check("shared", outputs_TD)
     inputs = [x.float() for x in (outputs_TD, positives_TD, pool_PD)]
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     if mask is None or not len(outputs_TD):
@@ -82,22 +81,26 @@ def triton_per_token_softmax(
     temperature: float,
     bias_U: Optional[Tensor] = None,
 ) -> Tensor:
-    """`sampled_softmax.per_token_sampled_softmax` by the kernels of this module; D at most WIDEST_PER_TOKEN.
+    """`sampled_softmax.per_token_sampled_softmax` by the kernels of this module; D at most WIDEST.
 
     Raises:
         RuntimeError: triton is missing, or the tensors are not on a GPU (and the interpreter is off).
         ValueError: D is larger than the kernels hold.
     """
-    _check(outputs_TD, WIDEST_PER_TOKEN)
+    _check("per_token", outputs_TD)
     inputs = [x.float() for x in (outputs_TD, positives_TD, candidates_UD)]
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     return _per_token(*inputs, negative_index_TK, positive_index_T, temperature, bias_U, needs_grad)[0]
 
 
-def _check(outputs_TD: Tensor, widest: int) -> None:
+def _check(loss: str, outputs_TD: Tensor) -> None:
     check_can_run(outputs_TD, "sampled softmax by triton")
-    if outputs_TD.shape[1] > widest:
-        raise ValueError(f"sampled softmax by triton: D = {outputs_TD.shape[1]} is above {widest}; use another one")
+    D = outputs_TD.shape[1]
+    if D > WIDEST[loss]:
+        raise ValueError(
+            f"sampled softmax by triton: embeddings are {D} wide, the {loss} kernels take at most {WIDEST[loss]}; use "
+            f"the chunked implementation"
+        )
 
 
 def tiles(kernel: str, width: int, interpreting: bool) -> List[Tiles]:
