@@ -12,7 +12,6 @@ from fuxi_torchrec.estimates import FLOAT_BYTES
 from fuxi_torchrec.model import TABLE
 from fuxi_torchrec.tables import TableChoice
 
-
 PLAN_FILE = "sharding_plan.json"
 
 

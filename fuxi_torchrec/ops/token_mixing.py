@@ -11,13 +11,13 @@ from typing import Literal, Optional, Sequence
 
 from torch import Tensor
 
-from fuxi_torchrec.ops import mixing_native
+from fuxi_torchrec.ops import mixing_native, triton_mixing
 from fuxi_torchrec.ops.jagged import JaggedLayout
 from fuxi_torchrec.ops.mixing_blocked import mix_blocked
 from fuxi_torchrec.ops.mixing_reference import mix_reference
 from fuxi_torchrec.ops.time_maps import Channel, TimeGaps
 
-Implementation = Literal["auto", "reference", "blocked", "native"]
+Implementation = Literal["auto", "reference", "blocked", "native", "triton"]
 
 
 def mix_tokens(
@@ -37,7 +37,8 @@ def mix_tokens(
         gaps: the batch's time gaps; needed by temporal channels, shared by all blocks.
         implementation: "reference" is dense, padded and obvious; "blocked" is exact and causal in length groups and
             strips of rows, keeps no map and makes it again in backward; "native" is the same in C, for float32 on a CPU;
-            "auto" is the fastest for the input.
+            "triton" is a fused CUDA kernel (`triton_mixing`); "auto" is the fastest for the input on a CPU, and on CUDA
+            "triton" wherever its kernels know the channels, which no GPU has timed yet.
 
     Returns:
         [T, H, C, d] in v's type: per head, the channels' outputs side by side, in the order given.
@@ -45,6 +46,8 @@ def mix_tokens(
     assert channels, "at least one channel"
     if implementation == "reference":
         return mix_reference(values_THd, layout, channels, gaps)
+    if implementation == "triton" or implementation == "auto" and triton_mixing.can_mix(values_THd, channels):
+        return triton_mixing.triton_mix_tokens(values_THd, layout, channels, gaps)
     if implementation == "native" or implementation == "auto" and mixing_native.supports(values_THd, channels):
         return mixing_native.mix_native(values_THd, layout, channels, gaps)
     assert implementation in ("auto", "blocked"), implementation
