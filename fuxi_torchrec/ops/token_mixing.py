@@ -9,14 +9,19 @@ Shapes: T tokens, N padded length, H heads, d value size per head, C channels.
 
 from typing import Literal, Optional, Sequence
 
+import torch
 from torch import Tensor
 
 from fuxi_torchrec.ops.jagged import JaggedLayout
-from fuxi_torchrec.ops.mixing_blocked import mix_blocked
+from fuxi_torchrec.ops.mixing_linear import LINEAR_FORMS
+from fuxi_torchrec.ops.mixing_ops import make_features, mix_op
 from fuxi_torchrec.ops.mixing_reference import mix_reference
-from fuxi_torchrec.ops.time_maps import Channel, TimeGaps
+from fuxi_torchrec.ops.time_maps import CACHED_ENTRIES, Channel, TimeGaps
 
-Implementation = Literal["auto", "reference", "blocked"]
+Implementation = Literal["auto", "reference", "exact", "blocked", "linear"]
+
+LINEAR_FROM = 1024
+"""Users with more rows than this are mixed in linear time by `linear`, the others by `blocked`, which is faster there."""
 
 
 def mix_tokens(
@@ -35,7 +40,9 @@ def mix_tokens(
             products are in v's type.
         gaps: the batch's time gaps; needed by temporal channels, shared by all blocks.
         implementation: "reference" is dense, padded and obvious; "blocked" is exact and causal in length groups and
-            strips of rows, keeps no map and makes it again in backward; "auto" is the fastest for the input.
+            strips of rows, keeps no map and makes it again in backward; "linear" costs O(n log n) for long users, with
+            sums of exponentials for `pow` (for 0.05 <= b <= 3) and `exp`, and is blocked for other maps and shorter
+            users; "auto" is the fastest for the input, "exact" the fastest of the exact ones.
 
     Returns:
         [T, H, C, d] in v's type: per head, the channels' outputs side by side, in the order given.
@@ -43,5 +50,50 @@ def mix_tokens(
     assert channels, "at least one channel"
     if implementation == "reference":
         return mix_reference(values_THd, layout, channels, gaps)
-    assert implementation in ("auto", "blocked"), implementation
-    return mix_blocked(values_THd, layout, channels, gaps)
+    assert implementation in ("auto", "exact", "blocked", "linear"), implementation
+    froms = [_linear_from(name, gaps, implementation) for name, _ in channels]
+    if len(set(froms)) == 1:
+        return _mix(values_THd, layout, channels, gaps, froms[0])
+    order, parts = [], []
+    for linear_from in (LINEAR_FROM, None):
+        chosen = [c for c, start in enumerate(froms) if start == linear_from]
+        parts.append(_mix(values_THd, layout, [channels[c] for c in chosen], gaps, linear_from))
+        order += chosen
+    mixed = torch.cat(parts, 2)
+    return mixed if order == sorted(order) else mixed[:, :, [order.index(c) for c in range(len(order))]]
+
+
+def _linear_from(name: str, gaps: Optional[TimeGaps], implementation: Implementation) -> Optional[int]:
+    if implementation in ("blocked", "exact") or name not in LINEAR_FORMS:
+        return None
+    # A scan over chunks takes time to run forwards.
+    return LINEAR_FROM if name in ("positional", "zero") or gaps.are_sorted else None
+
+
+def _mix(values_THd, layout, channels, gaps: Optional[TimeGaps], linear_from: Optional[int]) -> Tensor:
+    params = [p for _, ps in channels for p in ps]
+    nothing = values_THd.new_empty(0)
+    times = [nothing, nothing] if gaps is None else list(gaps.times[:2])
+    features = [nothing] * len(channels)
+    if gaps is not None:
+        features = [
+            gaps.features.get((name, linear_from, ps[0].dtype), nothing) if ps else nothing for name, ps in channels
+        ]
+    slots = layout.slots
+    slots = [slots.users_B5, slots.token_P, slots.slot_T, slots.padding_slots]
+    kinds = " ".join(name for name, _ in channels)
+    unit, tolerance = (1.0, 1e-6) if gaps is None else gaps.times[2:]
+    return mix_op(values_THd, times, slots, features, params, kinds, linear_from, unit, tolerance)
+
+
+def prepare(
+    layout: JaggedLayout, channels: Sequence[Channel], gaps: TimeGaps, implementation: Implementation = "auto"
+) -> None:
+    """Makes what `mix_tokens` reads of the times once for every block of a batch that has these channels."""
+    for name, params in channels:
+        if implementation == "reference" or name in ("positional", "zero"):
+            continue
+        linear_from, dtype = _linear_from(name, gaps, implementation), params[0].dtype
+        key = (name, linear_from, dtype)
+        if key not in gaps.features:
+            gaps.features[key] = make_features(name, dtype, gaps.times, layout.slots, linear_from, CACHED_ENTRIES)
