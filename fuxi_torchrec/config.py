@@ -11,6 +11,7 @@ from typing import Any, Dict, List, Literal, Optional, Tuple
 EncoderName = Literal["fuxi_beta", "fuxi_alpha", "hstu", "sasrec"]
 ChannelName = Literal["positional", "temporal", "bucketed_temporal", "semantic"]
 BiasFunction = Literal["pow", "exp", "log", "linear", "sin", "mixed", "nn", "zero"]
+TokenMixing = Literal["auto", "reference", "exact", "blocked", "native", "linear", "triton"]
 SplitName = Literal["train", "validation", "test"]
 CHANNEL_PRESETS: Dict[str, Tuple[ChannelName, ...]] = {
     "fuxi_beta": ("positional", "temporal"),
@@ -66,6 +67,11 @@ class ModelConfig:
     """FuXi's token-mixing channels; null takes the preset of the encoder's name."""
     bias_function: BiasFunction = "pow"
     """f(x) of the functional temporal channel."""
+    token_mixing: TokenMixing = "auto"
+    """FuXi: how the channels are computed, with the same results up to rounding and mixing_tolerance; auto: the fastest
+    for the device, the lengths and bias_function. docs/token_mixing.md."""
+    mixing_tolerance: float = 1e-6
+    """FuXi: largest relative error of a pow map where token_mixing is linear; a smaller one takes more terms."""
     activation: Literal["relu", "gelu"] = "relu"
     """SASRec's feed-forward activation."""
     input_dropout: float = 0.2

@@ -6,7 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fuxi_torchrec.config import ModelConfig
-from fuxi_torchrec.encoders import ENCODERS, build_encoder, fuxi
+from fuxi_torchrec.encoders import ENCODERS, build_encoder, fuxi, hstu
 from fuxi_torchrec.flops import (
     BLOCK_COSTS,
     FORWARD_AND_BACKWARD,
@@ -17,7 +17,7 @@ from fuxi_torchrec.flops import (
     training_flops,
 )
 from fuxi_torchrec.ops.jagged import JaggedLayout
-from fuxi_torchrec.ops.mixing_reference import mix_reference
+from fuxi_torchrec.ops.pointwise_attention import silu_attention_reference
 from fuxi_torchrec.ops.sampled_softmax import sampled_softmax_reference
 
 SIZES = dict(embedding_dim=12, num_heads=2, value_dim=5, qk_dim=3, num_blocks=3, ffn_multiply=1.5)
@@ -36,8 +36,9 @@ DENSE = [
 @pytest.mark.parametrize("choice", DENSE, ids=lambda choice: "-".join(map(str, choice.values())))
 def test_a_tower_costs_what_pytorch_counts_in_its_dense_form(choice, monkeypatch):
     """Users of one length: the dense form computes n² pairs where n (n + 1) / 2 are needed, and nothing else more."""
-    monkeypatch.setattr(fuxi, "mix_tokens", mix_reference)
-    config = ModelConfig(**SIZES, **choice)
+    monkeypatch.setattr(fuxi, "silu_attention", silu_attention_reference)
+    monkeypatch.setattr(hstu, "silu_attention", silu_attention_reference)
+    config = ModelConfig(**SIZES, token_mixing="reference", **choice)
     encoder = build_encoder(config, padded_length=LENGTH)
     layout = JaggedLayout.from_lengths([LENGTH] * USERS)
     times_T = torch.arange(USERS * LENGTH)
