@@ -133,7 +133,7 @@ def _run_training(config: Any, output: str, resume: bool) -> int:
     with start_world(trainer.device, trainer.timeout_minutes) as world, fail_together(world):
         dataset = SequenceDataset(config.data.path)
         check_same_start(world, config.to_dict(), output, dataset.identity.content_checksum)
-        check_enough_data(world, len(dataset.row_groups), config.data.path)
+        check_enough_data(world, dataset.identity.num_users, config.data.path)
         check_splits(dataset, config.data)
         run, resume = _start_run(output, config, dataset, resume, world)
         try:

@@ -30,9 +30,10 @@ class DataConfig:
     batch_size: int = 128
     """Users in a training batch, per rank."""
     tokens_per_batch: Optional[int] = None
-    """If set, a batch ends before its supervised positions exceed this (batch_size still bounds its users)."""
+    """If set, a rank's batch ends before its supervised positions exceed this (batch_size still bounds its users)."""
     shuffle_buffer: int = 65536
-    """Users that are shuffled together (whole row groups, at least one); memory grows with it."""
+    """Users that are shuffled together (whole row groups, at least one), in the memory of every rank. A data set no
+    larger is read by all ranks and dealt user by user, of a larger one each rank reads a part."""
     prefetch: Optional[int] = None
     """Batches made ahead in a background thread; null: 2 beside a GPU, 0 on a CPU, where the thread would only take its
     time from the others."""

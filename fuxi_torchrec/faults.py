@@ -192,12 +192,10 @@ def check_same_start(world: World, config: Dict[str, Any], output: str, content_
             raise UserError(f"{key}: {mine.get(key)} here and {first.get(key)} on rank 0; start all ranks alike")
 
 
-def check_enough_data(world: World, row_groups: int, path: str) -> None:
-    """Raises UserError for more ranks than row groups, the unit that is dealt to ranks."""
-    if row_groups < world.size:
-        raise UserError(
-            f"{path}: {row_groups} row groups of users are too few for {world.size} processes; use at most {row_groups}"
-        )
+def check_enough_data(world: World, users: int, path: str) -> None:
+    """Raises UserError for more ranks than users."""
+    if users < world.size:
+        raise UserError(f"{path}: {users} users are too few for {world.size} processes; use at most {users}")
 
 
 def _flat(config: Dict[str, Any]) -> Dict[str, Any]:

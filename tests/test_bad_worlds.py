@@ -43,10 +43,10 @@ def test_a_rank_that_would_write_its_shards_elsewhere(small_dataset, tmp_path):
 
 
 def test_a_data_set_smaller_than_the_world(tmp_path):
-    write_events(tmp_path / "log.csv", 8)
+    write_events(tmp_path / "log.csv", 1)
     prepare_events([str(tmp_path / "log.csv")], "user", "item", "time", str(tmp_path / "tiny"))
     ranks = Ranks(tmp_path, tmp_path / "tiny", tmp_path / "run")
-    check(ranks, "1 row groups of users are too few for 2 processes; use at most 1")
+    check(ranks, "1 users are too few for 2 processes; use at most 1")
 
 
 def test_a_rank_that_cannot_read_its_shard(small_dataset, tmp_path):
