@@ -25,6 +25,7 @@ setup(
     ],
     python_requires=">=3.10",
     packages=find_packages(include=["fuxi_torchrec*", "data_pipelines*", "launch*"]),
+    package_data={"fuxi_torchrec.ops.native": ["*.c", "*.h"]},
     entry_points={"console_scripts": ["fuxi-torchrec = fuxi_torchrec.cli:main"]},
     # No torch, torchrec or fbgemm here: a CPU and a GPU need different builds, and the CPU's cannot be written as a
     # requirement (see requirements/cpu.txt). fuxi_torchrec.versions checks at start-up what is installed.

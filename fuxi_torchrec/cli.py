@@ -116,7 +116,7 @@ def _train(arguments: List[str]) -> int:
 
 
 def _run_training(config: Any, output: str, resume: bool) -> int:
-    from fuxi_torchrec.config import check_table
+    from fuxi_torchrec.config_check import check_table
     from fuxi_torchrec.data_format import read_identity
 
     if "://" not in config.data.path:
@@ -132,8 +132,8 @@ def _run_training(config: Any, output: str, resume: bool) -> int:
     check_table(config, device_type(trainer.device))
     with start_world(trainer.device, trainer.timeout_minutes) as world, fail_together(world):
         dataset = SequenceDataset(config.data.path)
-        check_same_start(world, config.to_dict(), dataset.identity.content_checksum)
-        check_enough_data(world, len(dataset.row_groups), config.data.path)
+        check_same_start(world, config.to_dict(), output, dataset.identity.content_checksum)
+        check_enough_data(world, dataset.identity.num_users, config.data.path)
         check_splits(dataset, config.data)
         run, resume = _start_run(output, config, dataset, resume, world)
         try:

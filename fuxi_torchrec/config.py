@@ -1,20 +1,23 @@
 """The configuration of a run: nested dataclasses, filled from YAML and dotted overrides by the command line.
 
-No torch here: `--help` and config errors must answer at once. `check` holds every rule that ties several keys together;
-types and unknown keys are refused earlier, by jsonargparse.
+No torch here: `--help` and config errors must answer at once. Types and unknown keys are refused by jsonargparse; which
+values go together is in config_check.
 """
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Literal, Optional, Tuple, get_args
-
-from fuxi_torchrec.errors import UserError
+from typing import Any, Dict, List, Literal, Optional, Tuple
 
 EncoderName = Literal["fuxi_beta", "fuxi_alpha", "hstu", "sasrec"]
 ChannelName = Literal["positional", "temporal", "bucketed_temporal", "semantic"]
 BiasFunction = Literal["pow", "exp", "log", "linear", "sin", "mixed", "nn", "zero"]
-TokenMixing = Literal["auto", "reference", "blocked", "linear", "triton"]
+TokenMixing = Literal["auto", "reference", "exact", "blocked", "native", "linear", "triton"]
 SplitName = Literal["train", "validation", "test"]
+CHANNEL_PRESETS: Dict[str, Tuple[ChannelName, ...]] = {
+    "fuxi_beta": ("positional", "temporal"),
+    "fuxi_alpha": ("positional", "bucketed_temporal", "semantic"),
+}
+"""The channels of the FuXi encoders where model.channels is null."""
 
 
 @dataclass
@@ -33,9 +36,10 @@ class DataConfig:
     batch_size: int = 128
     """Users in a training batch, per rank."""
     tokens_per_batch: Optional[int] = None
-    """If set, a batch ends before its supervised positions exceed this (batch_size still bounds its users)."""
+    """If set, a rank's batch ends before its supervised positions exceed this (batch_size still bounds its users)."""
     shuffle_buffer: int = 65536
-    """Users that are shuffled together (whole row groups, at least one); memory grows with it."""
+    """Users that are shuffled together (whole row groups, at least one), in the memory of every rank. A data set no
+    larger is read by all ranks and dealt user by user, of a larger one each rank reads a part."""
     prefetch: Optional[int] = None
     """Batches made ahead in a background thread; null: 2 beside a GPU, 0 on a CPU, where the thread would only take its
     time from the others."""
@@ -104,6 +108,8 @@ class LossConfig:
     """Masks candidates that are among the user's own events in the batch, past or future."""
     temperature: float = 0.05
     """Divisor of the logits, which are cosines."""
+    chunk_logits: int = 2**22
+    """Most logits that exist at a time, float32 each: bounds the loss's memory, whatever the batch."""
     l2_eps: float = 1e-6
     """Least norm that outputs and item embeddings are divided by."""
 
@@ -125,6 +131,11 @@ class TableConfig:
     """GPU memory of a rank, GiB, that the planner counts with; null: the device's own."""
     ddr_gb: Optional[float] = None
     """Host memory of a rank, GiB; null: the machine's, shared by its ranks."""
+    intra_host_gb_s: Optional[float] = None
+    """What the planner takes a rank to exchange with ranks of its own host, 10^9 bytes a second; null: TorchRec's default
+    (NVLink's 644)."""
+    inter_host_gb_s: Optional[float] = None
+    """The same with ranks of other hosts; null: TorchRec's default (13.4, a 100 Gbit/s card for every rank)."""
 
 
 @dataclass
@@ -190,8 +201,7 @@ class TrainerConfig:
     timeout_minutes: float = 30.0
     """A process that keeps the others waiting longer than this is given up, and the run stops."""
     train_pipeline: Optional[Literal["base", "sparse_dist"]] = None
-    """sparse_dist: the ids of the next batch are exchanged while this one computes; null: sparse_dist on CUDA where the
-    table is sharded, else base."""
+    """sparse_dist: the ids of the next batch are exchanged while this one computes; null: sparse_dist on CUDA, else base."""
     metric: str = "ndcg@10"
     """Higher is better, except for cross_entropy. Decides the best checkpoint and early stopping."""
     patience: Optional[int] = None
@@ -221,160 +231,6 @@ class Config:
 
 METRIC_CUTOFFS = (1, 10, 50, 100, 200, 500, 1000)
 METRICS = tuple(f"{kind}@{k}" for kind in ("hr", "ndcg") for k in METRIC_CUTOFFS) + ("mrr", "cross_entropy")
-
-
-def check(config: Config) -> None:
-    """Raises UserError, naming the key, for values that no run could have. Types were checked when they were read."""
-    _check_nulls(config)
-    for key, value, least in _bounded(config):
-        if value is not None and value < least:
-            raise UserError(f"{key}: {value} is too small; it must be at least {least}")
-    for key in ("input_dropout", "dropout", "attention_dropout"):
-        if not 0 <= getattr(config.model, key) < 1:
-            raise UserError(f"model.{key}: {getattr(config.model, key)} is not in [0, 1)")
-    positive = ("loss.temperature", "loss.l2_eps", "optimizer.learning_rate", "model.ffn_multiply")
-    for key in (*positive, "trainer.timeout_minutes"):
-        section, name = key.split(".")
-        if not getattr(getattr(config, section), name) > 0:
-            raise UserError(f"{key}: {getattr(getattr(config, section), name)} must be greater than 0")
-    if any(not 0 <= beta < 1 for beta in config.optimizer.betas):
-        raise UserError(f"optimizer.betas: {list(config.optimizer.betas)} are not in [0, 1)")
-    clip = config.optimizer.clip_grad_norm
-    if clip is not None and not clip > 0:
-        raise UserError(f"optimizer.clip_grad_norm: {clip} must be greater than 0; null switches clipping off")
-    if config.trainer.metric not in METRICS:
-        raise UserError(f"trainer.metric: '{config.trainer.metric}' is none of {', '.join(METRICS)}")
-    _check_model(config)
-    _check_loss(config.loss)
-    check_table(config)
-    _check_split(config)
-
-
-def _check_nulls(config: Config) -> None:
-    """A YAML null gets past the parser for any key."""
-    for section in dataclasses.fields(config):
-        values = getattr(config, section.name)
-        for field_ in dataclasses.fields(values):
-            if getattr(values, field_.name) is None and type(None) not in get_args(field_.type):
-                raise UserError(f"{section.name}.{field_.name}: null is no value for this key; leave it out for the default")
-
-
-def _bounded(config: Config):
-    ones = {
-        "data": ("max_sequence_length", "batch_size", "tokens_per_batch", "shuffle_buffer"),
-        "model": ("embedding_dim", "num_blocks", "num_heads", "value_dim", "qk_dim", "padded_length"),
-        "loss": ("num_negatives", "max_in_batch"),
-        "evaluation": ("batch_size", "every_epochs", "every_steps"),
-        "trainer": ("max_epochs", "max_steps", "log_every_steps", "patience"),
-    }
-    zeros = {
-        "data": ("prefetch",),
-        "loss": ("sampling_alpha", "uniform_negatives"),
-        "optimizer": ("weight_decay", "warmup_steps", "min_learning_rate"),
-        "trainer": ("seed",),
-    }
-    ones["trainer"] += ("checkpoint_every_epochs", "checkpoint_every_steps", "keep_checkpoints")
-    for least, table in ((1, ones), (0, zeros)):
-        for section, names in table.items():
-            for name in names:
-                yield f"{section}.{name}", getattr(getattr(config, section), name), least
-
-
-def _check_model(config: Config) -> None:
-    model = config.model
-    if config.padded_length < config.data.max_sequence_length:
-        raise UserError(
-            f"model.padded_length: {config.padded_length} is shorter than data.max_sequence_length "
-            f"{config.data.max_sequence_length}; raise the one or lower the other"
-        )
-    if model.encoder == "sasrec" and model.embedding_dim % model.num_heads:
-        raise UserError(
-            f"model.num_heads: {model.num_heads} heads do not divide model.embedding_dim {model.embedding_dim}, "
-            "which SASRec's attention needs"
-        )
-    if int(model.embedding_dim * model.ffn_multiply) < 1:
-        raise UserError(f"model.ffn_multiply: {model.ffn_multiply} leaves the feed-forward layer without a unit")
-    if model.channels is not None:
-        if model.encoder not in ("fuxi_beta", "fuxi_alpha"):
-            raise UserError(f"model.channels: only the FuXi encoders have channels, not '{model.encoder}'; set null")
-        if not model.channels or len(set(model.channels)) < len(model.channels):
-            raise UserError(f"model.channels: {model.channels} must name at least one channel, each once")
-        if {"temporal", "bucketed_temporal"} <= set(model.channels):
-            raise UserError("model.channels: temporal and bucketed_temporal are two forms of one channel; keep one")
-
-
-def _check_loss(loss: LossConfig) -> None:
-    per_token, pool = loss.negatives == "per_token", loss.negatives in ("shared", "mixed")
-    alone = "every position of per_token has negatives of its own; use shared, in_batch or mixed"
-    refused = (
-        ("cross_rank", per_token and loss.cross_rank, alone),
-        ("mask_history", per_token and loss.mask_history, alone),
-        ("sampling_alpha", not per_token and not pool and loss.sampling_alpha > 0, "in_batch draws nothing; use mixed"),
-        ("uniform_negatives", not pool and loss.uniform_negatives > 0, "only a pool has them; use shared or mixed"),
-        (
-            "uniform_negatives",
-            pool and loss.uniform_negatives > 0 and loss.sampling_alpha == 0,
-            "with loss.sampling_alpha 0 all are uniform; raise loss.num_negatives instead",
-        ),
-        (
-            "max_in_batch",
-            loss.negatives not in ("in_batch", "mixed") and loss.max_in_batch is not None,
-            "no in-batch items are used; use in_batch or mixed, or set null",
-        ),
-    )
-    for key, wrong, why in refused:
-        if wrong:
-            value = getattr(loss, key)
-            raise UserError(f"loss.{key}: {value} does not go with loss.negatives {loss.negatives}: {why}")
-
-
-def check_table(config: Config, device_type: Optional[str] = None) -> None:
-    """Refuses pairs of sharding, optimizer and device that cannot train. device_type: "cpu" or "cuda" where something is
-    to be trained; a model can be evaluated on another device than trained it."""
-    table = config.table
-    for key in ("learning_rate", "hbm_gb", "ddr_gb"):
-        if getattr(table, key) is not None and not getattr(table, key) > 0:
-            raise UserError(f"table.{key}: {getattr(table, key)} must be greater than 0; null takes the default")
-    if table.optimizer == "adamw" and table.sharding not in ("auto", "replicated"):
-        raise UserError(
-            f"table.optimizer: adamw trains only replicated tables, not table.sharding={table.sharding}; take "
-            "rowwise_adagrad or adagrad (or adam on CUDA), or table.sharding=replicated"
-        )
-    if table.optimizer not in (None, "adamw") and table.sharding == "replicated":
-        raise UserError(
-            f"table.optimizer: {table.optimizer} runs inside backward and trains only sharded tables, not "
-            "table.sharding=replicated; take adamw, or table.sharding=auto, row_wise, table_wise or column_wise"
-        )
-    if table.optimizer == "adam" and device_type == "cpu":
-        raise UserError(
-            "table.optimizer: fbgemm has no fused adam on a CPU; take rowwise_adagrad or adagrad, or trainer.device=cuda"
-        )
-    if table.sharding == "replicated" and table.learning_rate is not None:
-        raise UserError(
-            "table.learning_rate: a replicated table is trained with the rest, by optimizer.learning_rate; set null"
-        )
-    if table.sharding not in ("auto", "replicated") and config.model.embedding_dim % 4:
-        raise UserError(
-            f"model.embedding_dim: fbgemm's sharded tables need a multiple of 4, not {config.model.embedding_dim}; "
-            "change it, or take table.sharding=replicated"
-        )
-
-
-def _check_split(config: Config) -> None:
-    data, cutoffs = config.data, config.data.temporal_cutoffs
-    if data.split == "temporal":
-        if not cutoffs or len(cutoffs) > 2 or list(cutoffs) != sorted(set(cutoffs)):
-            raise UserError(
-                "data.temporal_cutoffs: data.split=temporal needs [test_start] or [validation_start, test_start], "
-                f"in ascending ticks of the data set's time, not {cutoffs}"
-            )
-    elif cutoffs is not None:
-        raise UserError(f"data.temporal_cutoffs: only data.split=temporal uses cut-offs, not '{data.split}'")
-    if config.evaluation.split not in (None, *evaluation_splits(data)):
-        raise UserError(
-            f"evaluation.split: data.split={data.split} has no {config.evaluation.split} split; "
-            f"it has {' and '.join(evaluation_splits(data))}"
-        )
 
 
 def evaluation_splits(data: DataConfig) -> Tuple[str, ...]:

@@ -8,7 +8,8 @@ from typing import Any, Dict, List, NoReturn, Optional
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from fuxi_torchrec.config import Config, check
+from fuxi_torchrec.config import Config
+from fuxi_torchrec.config_check import check
 from fuxi_torchrec.errors import UserError
 
 # The docstrings under the config's fields are the help of their options.

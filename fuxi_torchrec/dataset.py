@@ -35,6 +35,14 @@ class UserRows:
     timestamps_E: np.ndarray  # int64, ticks
     log_probs_E: Optional[np.ndarray] = None  # float64, where the data set has them
 
+    def cut(self, begin: int, end: int) -> "UserRows":
+        """The users [begin, end)."""
+        offsets = self.offsets_U1[begin : end + 1]
+        events = slice(offsets[0], offsets[-1])
+        log_probs_E = None if self.log_probs_E is None else self.log_probs_E[events]
+        ids_E, times_E = self.item_ids_E[events], self.timestamps_E[events]
+        return UserRows(self.user_ids_U[begin:end], offsets - offsets[0], ids_E, times_E, log_probs_E)
+
 
 @dataclass
 class Windows:

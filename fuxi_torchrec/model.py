@@ -61,14 +61,15 @@ class Tower(nn.Module):
             index_TK, positive_T, draws_U = batch.negative_index_TK, batch.positive_index_T, batch.expected_draws_P
             bias_U = None if draws_U is None else -draws_U.log()
             return per_token_sampled_softmax(
-                outputs_TD, positives_TD, candidates_UD, index_TK, positive_T, temperature, bias_U
+                outputs_TD, positives_TD, candidates_UD, index_TK, positive_T, temperature, bias_U, self.config.chunk_logits
             )
         config, item_ids_E = self.config, batch.ids[EVENTS].values()
         shown = shared_candidates(candidates_UD, positives_TD, batch, config.log_q, config.cross_rank)
         mask = HistoryMask(item_ids_E, batch.host_lengths, shown.ids_P) if config.mask_history else None
         positive_ids_T = item_ids_E[batch.input_index_T + 1]
+        pool = (shown.embeddings_PD, shown.ids_P)
         return shared_sampled_softmax(
-            outputs_TD, positives_TD, shown.embeddings_PD, shown.ids_P, positive_ids_T, temperature, shown.bias_P, mask
+            outputs_TD, positives_TD, *pool, positive_ids_T, temperature, shown.bias_P, mask, config.chunk_logits
         )
 
     def encode(self, events_ED: Tensor, batch: SequenceBatch) -> Tensor:

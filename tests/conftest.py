@@ -30,3 +30,15 @@ def small_dataset(tmp_path_factory):
     output = str(folder / "small")
     prepare_events([str(folder / "log.csv")], "user", "item", "time", output)
     return output
+
+
+@pytest.fixture(params=["native", "torch"])
+def kernels(request, monkeypatch):
+    """The test runs with the CPU kernels in C, and again with what PyTorch does without them."""
+    from fuxi_torchrec.ops import native
+
+    if request.param == "torch":
+        monkeypatch.setattr(native, "library", lambda: None)
+    elif native.library() is None:
+        pytest.skip("no C compiler here")
+    return request.param

@@ -14,6 +14,8 @@ from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.ops.fused import dropout
 from fuxi_torchrec.ops.jagged import JaggedLayout
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 FORMS = ("pow", "exp", "log", "linear", "sin", "mixed", "nn", "zero")
 JAGGED = [0, 1, 7, 2, 0, 11, 12]
 

@@ -134,12 +134,29 @@ def unfinished(output):
     return any(not (folder / name / "complete.json").exists() for name in names)
 
 
+# Replicated tables, and tables cut by rows whose ids are exchanged ahead.
+TABLES = {"replicated": (), "row_wise": ("--table.sharding", "row_wise", "--trainer.train_pipeline", "sparse_dist")}
+
+
 @pytest.fixture(scope="module")
-def undisturbed(small_dataset, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole")
-    launch = Launch(folder, small_dataset, folder / "run", "--trainer.keep_checkpoints", "100")
-    assert launch.wait() == 0, launch.errors.read_text()
-    return folder / "run"
+def undisturbed_of(small_dataset, tmp_path_factory):
+    """The undisturbed run of one of TABLES, trained when it is first asked for."""
+    runs = {}
+
+    def run(table):
+        if table not in runs:
+            folder = tmp_path_factory.mktemp(table)
+            launch = Launch(folder, small_dataset, folder / "run", "--trainer.keep_checkpoints", "100", *TABLES[table])
+            assert launch.wait() == 0, launch.errors.read_text()
+            runs[table] = folder / "run"
+        return runs[table]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def undisturbed(undisturbed_of):
+    return undisturbed_of("replicated")
 
 
 def check_same(output, undisturbed):
@@ -147,11 +164,11 @@ def check_same(output, undisturbed):
     assert evaluations(output) == evaluations(undisturbed)
 
 
-def survive(kills, folder, data, undisturbed, chance):
+def survive(kills, folder, data, undisturbed, chance, options):
     """One run of two processes through `kills`: "training", "saving" or "evaluation" each, spread over its steps."""
     steps = len(losses(undisturbed))
     ends = [line["step"] for line in evaluations(undisturbed)]
-    launch = Launch(folder, data, folder / "run", restarts=len(kills) + 2, slow=0.05)
+    launch = Launch(folder, data, folder / "run", *options, restarts=len(kills) + 2, slow=0.05)
     before = None  # the file of metrics at the last kill: resuming writes another
     for number, kill in enumerate(kills):
         step = (number + 1) * (steps - 6) // (len(kills) + 1)
@@ -174,15 +191,20 @@ def is_at(kill, step, output, ends):
     return kill == "training" or unfinished(output)
 
 
-def test_three_kills_do_not_change_the_run(small_dataset, undisturbed, tmp_path):
-    survive(["training", "saving", "evaluation"], tmp_path, small_dataset, undisturbed, random.Random(1))
+@pytest.mark.parametrize("table", TABLES)
+def test_three_kills_do_not_change_the_run(small_dataset, undisturbed_of, tmp_path, table):
+    kills = ["training", "saving", "evaluation"]
+    survive(kills, tmp_path, small_dataset, undisturbed_of(table), random.Random(1), TABLES[table])
+    plans = list((tmp_path / "run" / "checkpoints").glob("*/sharding_plan.json"))
+    assert plans and all(json.loads(plan.read_text())["tables"]["item"]["sharding"] == table for plan in plans)
 
 
 @pytest.mark.slow
-def test_twenty_kills_do_not_change_the_run(small_dataset, undisturbed, tmp_path):
+@pytest.mark.parametrize("table", TABLES)
+def test_twenty_kills_do_not_change_the_run(small_dataset, undisturbed_of, tmp_path, table):
     chance = random.Random(2)
     kills = [chance.choice(["training", "saving", "evaluation"]) for _ in range(20)]
-    survive(kills, tmp_path, small_dataset, undisturbed, chance)
+    survive(kills, tmp_path, small_dataset, undisturbed_of(table), chance, TABLES[table])
 
 
 def test_sigterm_to_torchrun_saves_and_one_process_goes_on(small_dataset, undisturbed, tmp_path):
@@ -239,7 +261,7 @@ def test_another_world_size_gets_the_same_model_and_goes_on(
     "before, options, says",
     [
         ("if os.environ['RANK'] == '1': sys.argv += ['--optimizer.learning_rate', '0.5']\n", (), "rank 1: optimizer"),
-        ("", ("--data.path", "TINY"), "1 row groups of users are too few for 2 processes"),
+        ("", ("--data.path", "TINY"), "1 users are too few for 2 processes"),
         (
             "from fuxi_torchrec.dataset import SequenceDataset\nread = SequenceDataset.read\n"
             "def fail(self, group, **more):\n"
@@ -257,7 +279,7 @@ def test_a_bad_world_gets_one_error_and_ends(small_dataset, undisturbed, tmp_pat
     if "--resume" in options:
         shutil.copytree(undisturbed, tmp_path / "run")
     if "TINY" in options:
-        write_events(tmp_path / "log.csv", 8)
+        write_events(tmp_path / "log.csv", 1)
         prepare_events([str(tmp_path / "log.csv")], "user", "item", "time", str(tmp_path / "tiny"))
         options = ("--data.path", tmp_path / "tiny")
     launch = Launch(tmp_path, small_dataset, tmp_path / "run", *options, before=before)

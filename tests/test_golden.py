@@ -9,6 +9,8 @@ import pytest
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.reference import encoder_from_reference, reference_grads, reference_params
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 FILES = sorted((Path(__file__).parent / "golden").glob("*.npz"))
 
 

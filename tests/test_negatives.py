@@ -9,7 +9,8 @@ import torch
 
 from fuxi_torchrec.batch import EVENTS, NEGATIVES, collate
 from fuxi_torchrec.candidates import HistoryMask, RankShare, expected_count, shared_candidates
-from fuxi_torchrec.config import Config, LossConfig, check
+from fuxi_torchrec.config import Config, LossConfig
+from fuxi_torchrec.config_check import check
 from fuxi_torchrec.dataset import SequenceDataset, UserRows, Windows
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.item_sampling import AliasTable, ItemDistribution
@@ -115,10 +116,10 @@ def test_what_makes_no_sense_is_refused_by_its_key(values, key):
 
 @pytest.mark.parametrize("kind", ["shared", "in_batch", "mixed"])
 @pytest.mark.parametrize("mask_history", [False, True])
-def test_collisions_and_history_leave_no_trace(kind, mask_history, monkeypatch):
+def test_collisions_and_history_leave_no_trace(kind, mask_history):
     """The model's loss is that of the plain softmax over each position's allowed candidates alone."""
-    monkeypatch.setattr("fuxi_torchrec.ops.sampled_softmax.SHARED_CHUNK_ELEMENTS", 150)  # chunks that cut users
     config = Config(loss=LossConfig(negatives=kind, num_negatives=20, mask_history=mask_history, log_q=True))
+    config.loss.chunk_logits = 150  # chunks that cut users
     config.model.embedding_dim = config.model.value_dim = 8
     check(config)
     batch = users_batch([4, 12, 2, 7], config.loss)

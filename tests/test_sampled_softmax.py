@@ -10,6 +10,8 @@ from fuxi_torchrec.ops.sampled_softmax import (
     shared_sampled_softmax,
 )
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 TAU = 0.05
 
 
@@ -41,7 +43,7 @@ def test_per_token_loss_equals_plain_spelling(tokens, unique, negatives, width, 
     index = torch.randint(0, unique, (tokens, negatives), generator=generator)
     positive = torch.randint(-1, min(unique, 5), (tokens,), generator=generator)
     bias = 3 * torch.randn(unique, generator=generator) if biased else None
-    loss = per_token_sampled_softmax(*inputs, index, positive, TAU, bias, chunk_tokens=50)
+    loss = per_token_sampled_softmax(*inputs, index, positive, TAU, bias, chunk_logits=50 * negatives)
 
     def plain(o, p, c):
         bias_TK = bias[index] if biased else None

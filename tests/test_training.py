@@ -6,7 +6,8 @@ import signal
 import pytest
 import torch
 
-from fuxi_torchrec.config import Config, check
+from fuxi_torchrec.config import Config
+from fuxi_torchrec.config_check import check
 from fuxi_torchrec.config_io import load_config
 from fuxi_torchrec.dataset import SequenceDataset
 from fuxi_torchrec.errors import UserError

@@ -6,15 +6,17 @@ Shapes: T tokens, D embedding, H heads, d value and q query/key size per head, C
 """
 
 from dataclasses import dataclass
-from typing import List, Optional, Sequence, Tuple
+from typing import List, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fuxi_torchrec.config import ModelConfig
+from fuxi_torchrec.config import CHANNEL_PRESETS, ModelConfig
+from fuxi_torchrec.encoders import streaming
 from fuxi_torchrec.encoders.base import SequenceEncoder, reset_linear_bias
 from fuxi_torchrec.encoders.channels import BucketedTemporalChannel, FunctionalTemporalChannel, PositionalChannel
+from fuxi_torchrec.encoders.streaming import StreamingState
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.ops.fused import gated_rms_norm, rms_norm, silu_split, swiglu
 from fuxi_torchrec.ops.jagged import JaggedLayout
@@ -24,7 +26,6 @@ from fuxi_torchrec.ops.token_mixing import mix_tokens, prepare
 
 CHANNEL_ORDER = ("positional", "temporal", "bucketed_temporal", "semantic")
 """The order of the channels in a block, whatever their order in the config."""
-FUXI_ALPHA_CHANNELS = ("positional", "bucketed_temporal", "semantic")
 
 
 @dataclass
@@ -80,11 +81,17 @@ class FuXiBlock(nn.Module):
             mixer.reset_parameters()
 
     def forward(self, x_TD: Tensor, context: FuXiContext) -> Tensor:
-        H, d = self.num_heads, self.value_dim
+        u, v_TE, queries_keys = self.project(x_TD)
+        return self.finish(x_TD, u, self.mix(v_TE, queries_keys, context))
+
+    def project(self, x_TD: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+        """Gates [T, C * H * d], values [T, H * d], and queries beside keys [T, 2 * H * q]."""
+        values = self.num_heads * self.value_dim
         z_TW = rms_norm(x_TD) @ self.input_weight
-        sizes = (self.mixed_width, H * d, z_TW.shape[1] - self.mixed_width - H * d)
-        u, v, queries_keys = silu_split(z_TW, sizes)
-        y = self._mix(v.unflatten(1, (H, d)), queries_keys, context)
+        return silu_split(z_TW, (self.mixed_width, values, z_TW.shape[1] - self.mixed_width - values))
+
+    def finish(self, x_TD: Tensor, u: Tensor, y: Tensor) -> Tensor:
+        """The block's output from its input, the gates and what the channels mixed, [T, C * H * d] each."""
         mixed = gated_rms_norm(u, y, self.dropout, self.training)
         h_TD = F.linear(mixed, self.output_weight, self.output_bias) + x_TD
         g_TD = rms_norm(h_TD, self.dropout, self.training)
@@ -100,8 +107,9 @@ class FuXiBlock(nn.Module):
         if self.asked_mixing in ("auto", "linear"):
             self.token_mixing = self.asked_mixing if within else "exact"
 
-    def _mix(self, v_THd: Tensor, queries_keys: Tensor, context: FuXiContext) -> Tensor:
+    def mix(self, v_TE: Tensor, queries_keys: Tensor, context: FuXiContext) -> Tensor:
         """[T, C * H * d], per head the channels side by side."""
+        v_THd = v_TE.unflatten(1, (self.num_heads, self.value_dim))
         parts = []
         if self.mixers:
             parts.append(mix_tokens(v_THd, context.layout, self.mixing_channels(), context.gaps, self.token_mixing))
@@ -153,8 +161,60 @@ class FuXiEncoder(SequenceEncoder):
             prepare(layout, block.mixing_channels(), gaps, block.token_mixing)
         return FuXiContext(layout, gaps)
 
+    @property
+    def value_width(self) -> int:
+        """H * d."""
+        return self.blocks[0].num_heads * self.blocks[0].value_dim
+
+    def block_values(
+        self, embeddings_TD: Tensor, timestamps_T: Tensor, next_timestamps_T: Tensor, layout: JaggedLayout
+    ) -> Tensor:
+        """v of every block, [T, L, H * d]; arguments as of `forward`."""
+        x_TD = self.input_step(embeddings_TD, layout.position_T)
+        context, values = self.batch_context(timestamps_T, next_timestamps_T, layout), []
+        for block in self.blocks:
+            u, v_TE, queries_keys = block.project(x_TD)
+            x_TD = block.finish(x_TD, u, block.mix(v_TE, queries_keys, context))
+            values.append(v_TE)
+        return torch.stack(values, 1)
+
+    def init_state(self, batch: int) -> StreamingState:
+        """The state of `batch` users without events, for `observe` and `query`. docs/streaming.md has an example.
+
+        Raises:
+            UserError: the encoder is in training mode, or has channels without a state of fixed size (the semantic and
+                the bucketed ones; of the functions of time only pow, exp and zero have one).
+        """
+        return streaming.empty_state(self, batch)
+
+    def state_of(self, embeddings_TD: Tensor, timestamps_T: Tensor, layout: JaggedLayout) -> StreamingState:
+        """The state after whole histories, in one full pass: as if `observe` had taken their events one by one. Each
+        history has at most padded_length events; a user may have none."""
+        return streaming.state_of(self, embeddings_TD, timestamps_T, layout)
+
+    def observe(self, state: StreamingState, item_embedding: Tensor, timestamp: Tensor) -> StreamingState:
+        """Takes one event of every user of the state, in place, and returns the state.
+
+        The pending event becomes final, since its next time is known now; the new one becomes pending.
+
+        Args:
+            item_embedding: float [B, D], as `forward` takes them.
+            timestamp: int64 [B] ticks (or one for all), not before the user's newest event.
+
+        Raises:
+            StateFull: users with padded_length events; nothing has changed.
+            ValueError: wrong shapes or types, or a time before the newest event's.
+        """
+        streaming.observe(self, state, item_embedding, timestamp)
+        return state
+
+    def query(self, state: StreamingState, at: Tensor) -> Tensor:
+        """The raw output [B, D] for a request at time `at`, int64 [B] ticks (or one for all); changes nothing. It equals
+        `forward` on the events so far, with `at` as the last row's next time."""
+        return streaming.query(self, state, at)
+
 
 def build_fuxi_alpha(config: ModelConfig, padded_length: int, time_unit: float) -> FuXiEncoder:
     """FuXi-α: positional, bucketed temporal and semantic channels, unless config.channels says otherwise."""
-    channels: Optional[Sequence[str]] = config.channels
-    return FuXiEncoder(config, FUXI_ALPHA_CHANNELS if channels is None else channels, padded_length, time_unit)
+    channels = CHANNEL_PRESETS["fuxi_alpha"] if config.channels is None else config.channels
+    return FuXiEncoder(config, channels, padded_length, time_unit)

@@ -1,11 +1,14 @@
 """Norms, gates and dropout of the blocks, each one autograd node with a closed-form backward.
 
-On a CPU these are bound by memory: rows are worked off in chunks that stay in the cache, few tensors are kept, and
-dropout draws 16 random bits an element instead of a 64-bit uniform number. Maths in float32 at least.
+On a CPU these are bound by memory. Where the kernels of `ops.native` can be had, each is one pass; here is what PyTorch
+does otherwise: rows are worked off in chunks that stay in the cache, few tensors are kept, and dropout draws 16 random
+bits an element instead of a 64-bit uniform number. torch.compile sees plain formulas, which it fuses by itself. Maths in
+float32 at least.
 
 Shapes: T tokens, W width.
 """
 
+import math
 from typing import Optional, Sequence, Tuple
 
 import numpy as np
@@ -13,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from fuxi_torchrec.ops import native, native_rows
 
 CHUNK_ELEMENTS = 2**18
 """Elements of a chunk of rows on a CPU; elsewhere there is one chunk."""
@@ -85,7 +90,13 @@ def _masked(x: Tensor, mask: DropoutMask) -> Tensor:
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """Zeroes elements with probability p and scales the others by 1 / (1 - p), in training only; [T, ...]."""
-    return _Dropout.apply(wide(x), p) if training and p > 0 else x
+    if not training or p == 0:
+        return x
+    if torch.compiler.is_compiling():
+        return F.dropout(wide(x), p)
+    if native.usable(x):
+        return native_rows.Dropout.apply(x.flatten(1), p).view(x.shape)
+    return _Dropout.apply(wide(x), p)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -128,7 +139,12 @@ def _rms_norm_backward(out: Tensor, grad: Tensor, x: Tensor, inverse: Tensor, fa
 
 def rms_norm(x_TW: Tensor, dropout_p: float = 0.0, training: bool = False, eps: float = 1e-6) -> Tensor:
     """RMSNorm without a weight over the last axis, then dropout; [T, W]."""
-    return _RMSNorm.apply(wide(x_TW), dropout_p if training else 0.0, eps)
+    p, x_TW = dropout_p if training else 0.0, wide(x_TW)
+    if torch.compiler.is_compiling():
+        return F.dropout(F.rms_norm(x_TW, x_TW.shape[-1:], eps=eps), p)
+    if native.usable(x_TW):
+        return native_rows.RMSNorm.apply(None, x_TW, p, eps)
+    return _RMSNorm.apply(x_TW, p, eps)
 
 
 class _GatedRMSNorm(torch.autograd.Function):
@@ -163,7 +179,12 @@ def gated_rms_norm(
     gate_TW: Tensor, x_TW: Tensor, dropout_p: float = 0.0, training: bool = False, eps: float = 1e-6
 ) -> Tensor:
     """dropout(gate ⊙ RMSNorm(x)), no weight; [T, W]."""
-    return _GatedRMSNorm.apply(wide(gate_TW), wide(x_TW), dropout_p if training else 0.0, eps)
+    p, gate_TW, x_TW = dropout_p if training else 0.0, wide(gate_TW), wide(x_TW)
+    if torch.compiler.is_compiling():
+        return F.dropout(gate_TW * F.rms_norm(x_TW, x_TW.shape[-1:], eps=eps), p)
+    if native.usable(gate_TW, x_TW):
+        return native_rows.RMSNorm.apply(gate_TW, x_TW, p, eps)
+    return _GatedRMSNorm.apply(gate_TW, x_TW, p, eps)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -194,7 +215,10 @@ class _SwiGLU(torch.autograd.Function):
 
 def swiglu(x_TW: Tensor) -> Tensor:
     """SiLU(first half) ⊙ second half of the last axis; [T, 2 F] to [T, F]."""
-    return _SwiGLU.apply(x_TW)
+    if torch.compiler.is_compiling():
+        gate_TF, up_TF = x_TW.chunk(2, dim=1)
+        return F.silu(gate_TF) * up_TF
+    return (native_rows.SwiGLU if native.usable(x_TW) else _SwiGLU).apply(x_TW)
 
 
 class _SiLUSplit(torch.autograd.Function):
@@ -221,7 +245,17 @@ class _SiLUSplit(torch.autograd.Function):
 
 def silu_split(x_TW: Tensor, sizes: Sequence[int]) -> Tuple[Tensor, ...]:
     """SiLU(x), cut along the last axis."""
-    return _SiLUSplit.apply(x_TW, sizes)
+    if torch.compiler.is_compiling():
+        return F.silu(x_TW).split(sizes, dim=1)
+    return (native_rows.SiLUSplit if native.usable(x_TW) else _SiLUSplit).apply(x_TW, sizes)
+
+
+def add_positions(x_TW: Tensor, table_NW: Tensor, position_T: Tensor, dropout_p: float, training: bool) -> Tensor:
+    """dropout(√W x + table[position]): the input step of every tower; [T, W]. position_T: int64."""
+    scale, p = math.sqrt(x_TW.shape[1]), dropout_p if training else 0.0
+    if native.usable(x_TW, table_NW):
+        return native_rows.InputStep.apply(x_TW, table_NW, position_T, scale, p)
+    return dropout(torch.add(F.embedding(position_T, table_NW), x_TW, alpha=scale), dropout_p, training)
 
 
 def layer_norm(x: Tensor, eps: float) -> Tensor:

@@ -5,7 +5,7 @@ Shapes: T tokens of the batch, B users, G users of one length group, N its padde
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Iterator, List, Optional, Sequence, Tuple
+from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -92,6 +92,7 @@ class JaggedLayout:
         self.max_length = max_length
         self.num_tokens = num_tokens
         self._host_lengths = host_lengths
+        self._row_tasks: Dict[int, Tensor] = {}
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[int], device: Optional[torch.device] = None) -> "JaggedLayout":
@@ -125,6 +126,26 @@ class JaggedLayout:
         """int64 [T]: the row's index within its user's sequence, from 0."""
         return torch.arange(self.num_tokens, device=self.device) - self.offsets_B1[self.user_T]
 
+    def row_tasks(self, rows: int) -> Tensor:
+        """int64 [tasks, 3] on the host: (user, first row, last row + 1), every user cut into runs of `rows` rows, those
+        whose causal past is longest first."""
+        if rows not in self._row_tasks:
+            lengths_B = torch.as_tensor(self.host_lengths, dtype=torch.int64)
+            pieces_B = (lengths_B + rows - 1) // rows
+            user_K = torch.arange(len(lengths_B)).repeat_interleave(pieces_B)
+            first_K = (torch.arange(len(user_K)) - (pieces_B.cumsum(0) - pieces_B)[user_K]) * rows
+            last_K = torch.minimum(first_K + rows, lengths_B[user_K])
+            order_K = torch.argsort(last_K, descending=True, stable=True)
+            self._row_tasks[rows] = torch.stack([user_K, first_K, last_K], 1)[order_K].contiguous()
+        return self._row_tasks[rows]
+
+    @property
+    def host_lengths(self) -> Sequence[int]:
+        """The users' lengths on the host."""
+        if self._host_lengths is None:
+            self._host_lengths = self.lengths_B.tolist()
+        return self._host_lengths
+
     @property
     def groups(self) -> List[LengthGroup]:
         """Length groups of all users with at least one token, longest first."""
@@ -148,8 +169,7 @@ class JaggedLayout:
     @cached_property
     def slots(self) -> Slots:
         """The length groups."""
-        lengths = self._host_lengths if self._host_lengths is not None else self.lengths_B.tolist()
-        lengths_B = torch.as_tensor(lengths, dtype=torch.int64)
+        lengths_B = torch.as_tensor(self.host_lengths, dtype=torch.int64)
         starts_B = torch.cumsum(lengths_B, 0) - lengths_B
         order_B = torch.argsort(lengths_B, descending=True, stable=True)
         slot_T = torch.empty(self.num_tokens, dtype=torch.int64)

@@ -8,11 +8,15 @@ are made in float32, turned into the three gradients, and dropped. What is kept 
 """
 
 import warnings
-from typing import Callable, Optional, Tuple
+from typing import Callable, Literal, Optional, Tuple, get_args
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from fuxi_torchrec.ops import native
+from fuxi_torchrec.ops.native_rows import L2Normalize
+from fuxi_torchrec.ops.native_softmax import PerToken
 
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
@@ -22,13 +26,19 @@ MASKED_LOGIT = -5e4
 CHUNK_TOKENS = 2048
 # rows (a slice of the tokens) -> bool [rows, P], True for candidates to leave out.
 CandidateMask = Callable[[slice], Tensor]
-# Logits of a chunk with a shared pool, in elements.
-SHARED_CHUNK_ELEMENTS = 1 << 22
+CHUNK_LOGITS = 1 << 22
+"""Logits that exist at a time: tokens of a chunk times negatives."""
+Implementation = Literal["auto", "chunked", "native", "triton"]
+"""How a loss is computed: chunk by chunk in torch, by the C kernels of `native_softmax` (per_token on a CPU), or by the CUDA
+kernels of `triton_softmax`. "auto" takes the last for CUDA tensors, which no GPU has timed yet, and C wherever it can."""
 
 
 def l2_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
     """x / max(‖x‖₂, eps) over the last dimension, in float32 at least."""
-    return _L2Normalize.apply(x if x.dtype == torch.float64 else x.float(), eps)
+    x = x if x.dtype == torch.float64 else x.float()
+    if torch.compiler.is_compiling():
+        return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=eps)
+    return (L2Normalize if x.ndim == 2 and native.usable(x) else _L2Normalize).apply(x, eps)
 
 
 class _L2Normalize(torch.autograd.Function):
@@ -84,7 +94,8 @@ def per_token_sampled_softmax(
     positive_index_T: Tensor,
     temperature: float,
     bias_U: Optional[Tensor] = None,
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_logits: int = CHUNK_LOGITS,
+    implementation: Implementation = "auto",
 ) -> Tensor:
     """Sampled softmax with K negatives drawn for every token, looked up once per unique id.
 
@@ -97,14 +108,25 @@ def per_token_sampled_softmax(
             that equal it are masked.
         temperature: τ.
         bias_U: float32 constants added to the candidates' logits (logQ); None for nothing.
-        chunk_tokens: least tokens handled at a time.
+        chunk_logits: most logits that exist at a time (at least one token's).
+        implementation: see Implementation.
 
     Returns:
         The summed loss, float32 scalar, differentiable in outputs, positives and candidates.
     """
-    inputs = tuple(_whole_vectors(x.float()) for x in (outputs_TD, positives_TD, candidates_UD))
+    kernels = _triton_kernels("per_token", implementation, outputs_TD)
+    if kernels is not None:
+        return kernels.triton_per_token_softmax(
+            outputs_TD, positives_TD, candidates_UD, negative_index_TK, positive_index_T, temperature, bias_U
+        )
+    inputs = tuple(x.float() for x in (outputs_TD, positives_TD, candidates_UD))
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    return _PerToken.apply(*inputs, negative_index_TK, positive_index_T, temperature, bias_U, chunk_tokens, needs_grad)
+    chunk = max(1, chunk_logits // max(1, negative_index_TK.shape[1]))
+    if implementation != "chunked" and native.usable(*inputs):
+        index = (negative_index_TK, positive_index_T)
+        return PerToken.apply(*inputs, *index, temperature, bias_U, MASKED_LOGIT, chunk, needs_grad)
+    inputs = tuple(map(_whole_vectors, inputs))
+    return _PerToken.apply(*inputs, negative_index_TK, positive_index_T, temperature, bias_U, chunk, needs_grad)
 
 
 def shared_sampled_softmax(
@@ -116,6 +138,8 @@ def shared_sampled_softmax(
     temperature: float,
     bias_P: Optional[Tensor] = None,
     mask: Optional[CandidateMask] = None,
+    chunk_logits: int = CHUNK_LOGITS,
+    implementation: Implementation = "auto",
 ) -> Tensor:
     """Sampled softmax with one pool of negatives for all tokens: the logits of a chunk are one matrix product.
 
@@ -125,13 +149,31 @@ def shared_sampled_softmax(
         temperature: τ.
         bias_P: float32 constants added to the pool's logits (logQ; MASKED_LOGIT takes an entry out for all tokens).
         mask: further candidates to leave out, asked for one chunk of tokens at a time.
+        chunk_logits: most logits that exist at a time (at least one token's).
+        implementation: see Implementation; there is no C kernel for a shared pool, which is a matrix product.
 
     Returns:
         The summed loss, float32 scalar, differentiable in outputs, positives and pool.
     """
+    kernels = _triton_kernels("shared", implementation, outputs_TD)
+    if kernels is not None:
+        return kernels.triton_shared_softmax(
+            outputs_TD, positives_TD, pool_PD, pool_ids_P, positive_ids_T, temperature, bias_P, mask
+        )
     inputs = (outputs_TD.float(), positives_TD.float(), pool_PD.float())
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    return _Shared.apply(*inputs, pool_ids_P, positive_ids_T, temperature, bias_P, mask, needs_grad)
+    chunk = max(1, chunk_logits // max(1, len(pool_ids_P)))
+    return _Shared.apply(*inputs, pool_ids_P, positive_ids_T, temperature, bias_P, mask, chunk, needs_grad)
+
+
+def _triton_kernels(loss: str, implementation: Implementation, outputs_TD: Tensor):
+    """The module with the CUDA kernels, where it is asked for or the choice for these tensors; else None."""
+    assert implementation in get_args(Implementation), implementation
+    if implementation in ("chunked", "native") or (implementation == "auto" and not outputs_TD.is_cuda):
+        return None
+    from fuxi_torchrec.ops import triton_softmax
+
+    return triton_softmax if implementation == "triton" or triton_softmax.can_run(loss, outputs_TD) else None
 
 
 def _chunk_loss(positive_C: Tensor, negative_CX: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -158,12 +200,12 @@ def _scaled_gradients(ctx, grad_loss: Tensor) -> Tuple[Optional[Tensor], ...]:
 class _PerToken(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, outputs_TD, positives_TD, candidates_UD, index_TK, positive_index_T, tau, bias_U, chunk_tokens, needs_grad
+        ctx, outputs_TD, positives_TD, candidates_UD, index_TK, positive_index_T, tau, bias_U, largest_chunk, needs_grad
     ):
         tokens, negatives = index_TK.shape
         unique = candidates_UD.shape[0]
         # Every chunk sweeps the whole candidates' gradient once, so many candidates want larger chunks.
-        chunk = max(chunk_tokens, -(-8 * unique // max(negatives, 1)))
+        chunk = min(largest_chunk, max(CHUNK_TOKENS, -(-8 * unique // max(negatives, 1))))
         grads = tuple(torch.zeros_like(x) for x in (outputs_TD, positives_TD, candidates_UD)) if needs_grad else None
         loss = outputs_TD.new_zeros((), dtype=torch.float64)
         scaled_TD = outputs_TD / tau  # the temperature is divided out here, not in [C, K]
@@ -194,8 +236,7 @@ class _PerToken(torch.autograd.Function):
 
 class _Shared(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, outputs_TD, positives_TD, pool_PD, pool_ids_P, positive_ids_T, tau, bias_P, mask, needs_grad):
-        chunk = max(1, SHARED_CHUNK_ELEMENTS // max(pool_PD.shape[0], 1))
+    def forward(ctx, outputs_TD, positives_TD, pool_PD, pool_ids_P, positive_ids_T, tau, bias_P, mask, chunk, needs_grad):
         grads = tuple(torch.zeros_like(x) for x in (outputs_TD, positives_TD, pool_PD)) if needs_grad else None
         loss = outputs_TD.new_zeros((), dtype=torch.float64)
         scaled_TD = outputs_TD / tau
@@ -217,7 +258,7 @@ class _Shared(torch.autograd.Function):
                 torch.addcmul(mean_CD, pull_C1, positives_TD[rows], out=grads[0][rows]).div_(tau)
                 torch.mul(pull_C1, scaled_CD, out=grads[1][rows])
                 grads[2].addmm_(numerator_CP.t(), factor_C1 * scaled_CD)
-        _save_scaled(ctx, grads, count=9)
+        _save_scaled(ctx, grads, count=10)
         return loss.float()
 
     @staticmethod
