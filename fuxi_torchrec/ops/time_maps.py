@@ -5,6 +5,7 @@ parameters of the block. Time differences are int64 ticks until they become floa
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
@@ -46,7 +47,10 @@ class TimeGaps:
         self.layout, self.time_unit = layout, time_unit
         self._times_P: Optional[Tuple[Tensor, Tensor]] = None
         self._cache: Dict[tuple, Tensor] = {}
-        self._keep = sum(g.users * g.length**2 for g in layout.groups) // 2 <= CACHED_ENTRIES
+
+    @cached_property
+    def _keep(self) -> bool:
+        return sum(g.users * g.length**2 for g in self.layout.groups) // 2 <= CACHED_ENTRIES
 
     def strip(self, group: LengthGroup, rows: Tuple[int, int], feature: str, dtype: torch.dtype) -> Tensor:
         """[G, rows, columns] for the rows first <= i < last and the columns 0 <= j < last of the group's users."""

@@ -47,7 +47,7 @@ def mix_tokens(
     Returns:
         [T, H, C, d] in v's type: per head, the channels' outputs side by side, in the order given.
     """
-    assert channels, "at least one channel"
+    assert len(channels) > 0, "at least one channel"
     if implementation == "reference":
         return _mix_reference(values_THd, layout, channels, gaps)
     if implementation == "triton" or (implementation == "auto" and triton_mixing.can_mix(values_THd, channels)):
