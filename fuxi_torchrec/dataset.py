@@ -158,6 +158,16 @@ def check_splits(dataset: SequenceDataset, config: DataConfig) -> None:
     )
 
 
+def check_enough_data(dataset: SequenceDataset, processes: int) -> None:
+    """Raises UserError for more processes than row groups, the unit that is dealt to ranks."""
+    row_groups = len(dataset.row_groups)
+    if row_groups < processes:
+        raise UserError(
+            f"{dataset.folder}: {row_groups} row groups of users are too few for {processes} processes; "
+            f"use at most {row_groups}"
+        )
+
+
 def ranges(start_U: np.ndarray, stop_U: np.ndarray) -> np.ndarray:
     """The integers of all [start, stop), one range after the other, int64."""
     lengths = stop_U - start_U

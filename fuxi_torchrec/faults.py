@@ -191,14 +191,6 @@ def check_same_start(world: World, config: Dict[str, Any], content_checksum: str
             raise UserError(f"{key}: {mine.get(key)} here and {first.get(key)} on rank 0; start all ranks alike")
 
 
-def check_enough_data(world: World, row_groups: int, path: str) -> None:
-    """Raises UserError for more ranks than row groups, the unit that is dealt to ranks."""
-    if row_groups < world.size:
-        raise UserError(
-            f"{path}: {row_groups} row groups of users are too few for {world.size} processes; use at most {row_groups}"
-        )
-
-
 def _flat(config: Dict[str, Any]) -> Dict[str, Any]:
     return {f"{section}.{key}": value for section, keys in config.items() for key, value in keys.items()}
 
