@@ -68,6 +68,7 @@ up() {
     local software state host port
     software=$(realpath "$1") state=$(realpath -m "$2") host=$(hostname -s) port=${SLURM_PORT:-16817}
     [ "$(id -u)" = 0 ] || cannot "starting Slurm's daemons needs root"
+    [ ! -e "$state/slurm.conf" ] || { echo "$state: a Slurm was here before; name a new folder" >&2 && exit 1; }
     export PATH=$software/bin:$PATH SLURM_CONF=$state/slurm.conf MYSQL_UNIX_PORT=$state/mysql/socket
     mkdir -p "$state"/{run,log,spool/n1,spool/n2,state,mysql}
     chmod 755 "$state" "$state/run"
@@ -200,7 +201,8 @@ down() {
 }
 
 no_jobs() { [ -z "$(timeout 5 squeue --noheader)" ]; }
-ended() { ! kill -0 "$1" 2>/dev/null; }
+# Gone, or a zombie that a slow init has not collected yet.
+ended() { ! grep -q '^State:[[:space:]]*[^Z[:space:]]' "/proc/$1/status" 2>/dev/null; }
 
 case "${1:-}:$#" in
 install:2) install "$2" ;;
