@@ -79,6 +79,10 @@ class Slurm:
                 found[int(folder.name)] = values
         return found
 
+    def workers(self, handle):
+        """The processes that train, as {pid: environment}."""
+        return {pid: values for pid, values in self.processes(handle).items() if "RANK" in values}
+
     def kill(self, pids):
         for pid in pids:
             try:
