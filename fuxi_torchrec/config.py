@@ -8,7 +8,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Literal, Optional, Tuple
 
-EncoderName = Literal["fuxi_beta", "fuxi_alpha", "hstu", "sasrec"]
+EncoderName = Literal["fuxi_beta", "fuxi_alpha", "hstu", "sasrec", "flash", "hstu_beta", "sasrec_beta"]
 ChannelName = Literal["positional", "temporal", "bucketed_temporal", "semantic"]
 BiasFunction = Literal["pow", "exp", "log", "linear", "sin", "mixed", "nn", "zero"]
 TokenMixing = Literal["auto", "reference", "exact", "blocked", "native", "linear", "triton"]

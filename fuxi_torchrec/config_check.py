@@ -74,7 +74,7 @@ def _check_model(config: Config) -> None:
             f"model.padded_length: {config.padded_length} is shorter than data.max_sequence_length "
             f"{config.data.max_sequence_length}; raise the one or lower the other"
         )
-    if model.encoder == "sasrec" and model.embedding_dim % model.num_heads:
+    if model.encoder in ("sasrec", "sasrec_beta") and model.embedding_dim % model.num_heads:
         raise UserError(
             f"model.num_heads: {model.num_heads} heads do not divide model.embedding_dim {model.embedding_dim}, "
             "which SASRec's attention needs"
