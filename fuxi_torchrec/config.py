@@ -11,7 +11,13 @@ from typing import Any, Dict, List, Literal, Optional, Tuple
 EncoderName = Literal["fuxi_beta", "fuxi_alpha", "hstu", "sasrec"]
 ChannelName = Literal["positional", "temporal", "bucketed_temporal", "semantic"]
 BiasFunction = Literal["pow", "exp", "log", "linear", "sin", "mixed", "nn", "zero"]
+TokenMixing = Literal["auto", "reference", "exact", "blocked", "native", "linear", "triton"]
 SplitName = Literal["train", "validation", "test"]
+CHANNEL_PRESETS: Dict[str, Tuple[ChannelName, ...]] = {
+    "fuxi_beta": ("positional", "temporal"),
+    "fuxi_alpha": ("positional", "bucketed_temporal", "semantic"),
+}
+"""The channels of the FuXi encoders where model.channels is null."""
 
 
 @dataclass
@@ -61,6 +67,11 @@ class ModelConfig:
     """FuXi's token-mixing channels; null takes the preset of the encoder's name."""
     bias_function: BiasFunction = "pow"
     """f(x) of the functional temporal channel."""
+    token_mixing: TokenMixing = "auto"
+    """FuXi: how the channels are computed, with the same results up to rounding and mixing_tolerance; auto: the fastest
+    for the device, the lengths and bias_function. docs/token_mixing.md."""
+    mixing_tolerance: float = 1e-6
+    """FuXi: largest relative error of a pow map where token_mixing is linear; a smaller one takes more terms."""
     activation: Literal["relu", "gelu"] = "relu"
     """SASRec's feed-forward activation."""
     input_dropout: float = 0.2
@@ -120,6 +131,11 @@ class TableConfig:
     """GPU memory of a rank, GiB, that the planner counts with; null: the device's own."""
     ddr_gb: Optional[float] = None
     """Host memory of a rank, GiB; null: the machine's, shared by its ranks."""
+    intra_host_gb_s: Optional[float] = None
+    """What the planner takes a rank to exchange with ranks of its own host, 10^9 bytes a second; null: TorchRec's default
+    (NVLink's 644)."""
+    inter_host_gb_s: Optional[float] = None
+    """The same with ranks of other hosts; null: TorchRec's default (13.4, a 100 Gbit/s card for every rank)."""
 
 
 @dataclass

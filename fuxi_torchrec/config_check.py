@@ -119,7 +119,7 @@ def check_table(config: Config, device_type: Optional[str] = None) -> None:
     """Refuses pairs of sharding, optimizer and device that cannot train. device_type: "cpu" or "cuda" where something is
     to be trained; a model can be evaluated on another device than trained it."""
     table = config.table
-    for key in ("learning_rate", "hbm_gb", "ddr_gb"):
+    for key in ("learning_rate", "hbm_gb", "ddr_gb", "intra_host_gb_s", "inter_host_gb_s"):
         if getattr(table, key) is not None and not getattr(table, key) > 0:
             raise UserError(f"table.{key}: {getattr(table, key)} must be greater than 0; null takes the default")
     if table.optimizer == "adamw" and table.sharding not in ("auto", "replicated"):

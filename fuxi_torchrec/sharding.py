@@ -30,7 +30,7 @@ from fuxi_torchrec.config_check import check_table
 from fuxi_torchrec.data_format import DatasetIdentity
 from fuxi_torchrec.errors import LostProcess, UserError
 from fuxi_torchrec.model import TABLE, SequenceRecommender, build_model
-from fuxi_torchrec.tables import TableChoice, choose_table, init_rows
+from fuxi_torchrec.tables import TableChoice, init_rows
 from fuxi_torchrec.versions import fbgemm_has_cuda
 
 T = TypeVar("T")
@@ -124,13 +124,13 @@ def build_distributed(
     machine = planning.this_machine(config, world.device, world.size)
     # Ranks whose hosts differ by a little memory must not decide differently.
     machine = world.from_main(machine)
-    num_items = identity.num_items
-    choice = choose_table(config, num_items, machine.memory)
+    num_items, events = identity.num_items, planning.mean_events(identity)
+    choice = planning.choose(config, machine, num_items, events)
     model = build_model(config, num_items, identity.time_unit, world.device, on_meta=choice.is_sharded)
     if not choice.is_sharded:
         return distribute(model, world, ShardingPlan({})), choice
     planning.apply_table_optimizer(model.embeddings, choice, config)
-    plan, _ = planning.plan_table(model, config, choice, machine, num_items, planning.mean_events(identity))
+    plan, _ = planning.plan_table(model, config, choice, machine, num_items, events)
     model = distribute(model, world, plan)
     for row, column, part in local_parts(model):
         init_rows(part, config.trainer.seed, config.model.embedding_dim, row, column)

@@ -8,10 +8,10 @@ from typing import Any, Dict, List, Tuple
 
 from torchrec.distributed.types import ShardingPlan
 
+from fuxi_torchrec.estimates import FLOAT_BYTES
 from fuxi_torchrec.model import TABLE
 from fuxi_torchrec.tables import TableChoice
 
-FLOAT_BYTES = 4
 PLAN_FILE = "sharding_plan.json"
 
 

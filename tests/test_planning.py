@@ -1,94 +1,95 @@
-"""What table.sharding and table.optimizer resolve to, what is refused, and plans of clusters that are not there."""
+"""What `auto` and `fuxi-torchrec plan` count: the candidates of all ranks, and the bandwidths that TorchRec is given."""
 
 import json
 import os
-import time
 
 import pytest
-import torch
+from torchrec.distributed.planner.constants import CROSS_NODE_BANDWIDTH, INTRA_NODE_BANDWIDTH
 
+from fuxi_torchrec import planning
 from fuxi_torchrec.cli import main
 from fuxi_torchrec.config import Config
-from fuxi_torchrec.config_check import check, check_table
+from fuxi_torchrec.config_check import check
 from fuxi_torchrec.errors import UserError
+from fuxi_torchrec.estimates import distinct
 from fuxi_torchrec.plan_report import report
-from fuxi_torchrec.planning import Machine
-from fuxi_torchrec.tables import choose_table, init_rows
+from fuxi_torchrec.planning import GIB, Machine
 
-SMOKE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs", "smoke", "fuxi-beta.yaml")
-
-
-@pytest.mark.parametrize(
-    "keys, words",
-    [
-        (dict(sharding="row_wise", optimizer="adamw"), "table.optimizer: adamw trains only replicated.*rowwise_adagrad"),
-        (dict(sharding="replicated", optimizer="rowwise_adagrad"), "table.optimizer: .*take adamw, or table.sharding"),
-        (dict(optimizer="adamw", learning_rate=0.1), "table.learning_rate: .*optimizer.learning_rate"),
-        (dict(sharding="row_wise", embedding_dim=50), "model.embedding_dim: .*multiple of 4, not 50; .*=replicated"),
-        (dict(optimizer="adagrad", embedding_dim=50), "model.embedding_dim: .*multiple of 4, not 50; .*=replicated"),
-        (dict(sharding="row_wise", optimizer="adam"), "table.optimizer: .*no fused adam on a CPU; take rowwise_adagrad"),
-        (dict(sharding="replicated", learning_rate=0.1), "table.learning_rate: .*optimizer.learning_rate"),
-        (dict(sharding="row_wise", hbm_gb=0.0), "table.hbm_gb: 0.0 must be greater than 0"),
-    ],
-)
-def test_what_cannot_train_is_refused_with_its_key_and_the_alternatives(keys, words):
-    config, keys = Config(), dict(keys)
-    config.trainer.device, config.model.embedding_dim = "cpu", keys.pop("embedding_dim", 8)
-    for key, value in keys.items():
-        setattr(config.table, key, value)
-    with pytest.raises(UserError, match=words):
-        check(config)
-        check_table(config, "cpu")
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SMOKE = os.path.join(ROOT, "configs", "smoke", "fuxi-beta.yaml")
+ITEMS, EVENTS = 10_000_000, 101.0
 
 
-def test_a_cluster_is_planned_without_it(tmp_path, capsys):
-    """A billion items x 256 on 64 hosts of 8 GPUs: even, within memory, and the numbers of plain arithmetic."""
-    words = f"plan {SMOKE} --world-size 512 --local-world-size 8 --items 1000000000 --output {tmp_path}/plan.json"
-    words += " --model.embedding_dim 256 --loss.negatives shared --loss.num_negatives 1024 --events-per-user 101"
-    words += " --data.batch_size 128 --data.max_sequence_length 200"
-    started = time.perf_counter()
-    assert main([*words.split(), "--hbm", "80GB"]) == 0
-    assert time.perf_counter() - started < 60
-    plan = json.loads((tmp_path / "plan.json").read_text())
-    assert plan["fits"] and plan["sharding"] == "row_wise" and len(plan["shards"]) == 512
-    assert sum(plan["table_bytes"]) == 10**9 * 256 * 4 and sum(plan["optimizer_bytes"]) == 10**9 * 4
-    assert plan["largest_over_mean"]["table_bytes"] < 1.01
-    ids = 128 * 101 + 1024  # each: 8 bytes of id, 256 floats there and back, in and out at 511 of 512 ranks
-    assert plan["traffic_bytes"][0] == pytest.approx(2 * ids * 511 / 512 * (8 + 2 * 256 * 4), rel=1e-3)
-    assert main([*words.split(), "--hbm", "1GB"]) == 1
-    assert "does not fit: table.sharding: auto finds no plan" in capsys.readouterr().out
-
-
-def test_auto_cuts_columns_only_where_that_changes_no_result():
-    """A wide table on few ranks is what the planner likes to cut by columns."""
-
-    def sharding(optimizer):
-        config = Config()
-        config.model.embedding_dim, config.table.optimizer = 256, optimizer
-        return report(config, Machine("cpu", 0, 128 << 30, 2, 2), items=10**7, events=100.0).sharding
-
-    assert sharding("rowwise_adagrad") == "row_wise" and sharding("adagrad") == "column_wise"
-
-
-def test_auto_replicates_a_small_table_and_what_adamw_shall_train():
+def config_of(negatives, cross_rank, **loss):
     config = Config()
-    config.model.embedding_dim = 64
-    gib = 1 << 30
-    assert choose_table(config, 3_706, 12 * gib).sharding == "replicated"
-    assert choose_table(config, 10_000_000, 12 * gib) == choose_table(config, 10_000_000, 80 * gib)
-    assert choose_table(config, 10_000_000, 12 * gib).optimizer == "rowwise_adagrad"
-    config.table.optimizer = "adamw"
-    assert choose_table(config, 10_000_000, 12 * gib).sharding == "replicated"
-    config.table.optimizer, config.table.learning_rate = "adagrad", 1e-2
-    assert choose_table(config, 3_706, 12 * gib).rate_ratio == pytest.approx(10)
-    config.table.optimizer, config.model.embedding_dim = None, 50
-    with pytest.raises(UserError, match="model.embedding_dim: .*multiple of 4"):
-        choose_table(config, 10_000_000, 12 * gib)
+    config.model.embedding_dim, config.table.sharding = 64, "row_wise"
+    config.loss.negatives, config.loss.num_negatives, config.loss.cross_rank = negatives, 1000, cross_rank
+    for key, value in loss.items():
+        setattr(config.loss, key, value)
+    check(config)
+    return config
 
 
-def test_initial_rows_do_not_depend_on_the_cut():
-    whole = init_rows(torch.empty(10_000, 16), seed=3, width=16)
-    part = init_rows(torch.empty(5_000, 4), seed=3, width=16, first_row=3_000, first_column=8)
-    assert torch.equal(part, whole[3_000:8_000, 8:12])
-    assert whole.abs().max() <= 0.04 and whole.std() == pytest.approx(0.0176, abs=2e-4)
-    assert not torch.equal(whole[:4096], whole[4096:8192])
+def cluster(ranks, hbm=80 * GIB, **speeds):
+    return Machine("cuda", hbm, 128 * GIB, ranks, min(ranks, 8), **speeds)
+
+
+def test_candidates_of_all_ranks_are_counted_in_memory_and_traffic():
+    alone = report(config_of("shared", cross_rank=False), cluster(64), ITEMS, EVENTS)
+    assert alone.candidates == 1000 and alone.candidate_traffic_bytes == 0
+    reports = {ranks: report(config_of("shared", cross_rank=True), cluster(ranks), ITEMS, EVENTS) for ranks in (8, 64)}
+    for ranks, made in reports.items():
+        assert made.candidates == 1000 * ranks
+        # A candidate's embedding and id to and from every other rank, and its gradient back.
+        assert made.candidate_traffic_bytes == 2 * (ranks - 1) * 1000 * (2 * 64 * 4 + 8)
+        assert made.memory_bytes[0] - made.candidate_bytes == sum(
+            (made.table_bytes[0], made.optimizer_bytes[0], made.lookup_bytes[0], made.dense_bytes, made.activation_bytes)
+        )
+    # Three matrices of the gathered candidates and their ids.
+    assert reports[64].candidate_bytes - reports[8].candidate_bytes == 56 * 1000 * (3 * 64 * 4 + 8)
+
+
+def test_in_batch_candidates_are_the_distinct_positives_or_the_most_that_are_kept():
+    positives = 128 * 100
+    made = report(config_of("mixed", cross_rank=True), cluster(8), ITEMS, EVENTS)
+    assert made.candidates == pytest.approx(8 * (1000 + distinct(positives, ITEMS)))
+    assert 0.999 * positives < distinct(positives, ITEMS) < positives and distinct(positives, 10) == pytest.approx(10)
+    made = report(config_of("mixed", cross_rank=True, max_in_batch=500, log_q=True), cluster(8), ITEMS, EVENTS)
+    assert made.candidates == 8 * 1500
+    assert made.candidate_traffic_bytes == 2 * 7 * 1500 * (2 * 64 * 4 + 8 + 4 + 4)  # logQ: draws and shares
+
+
+def test_candidates_that_fill_the_memory_make_a_plan_that_does_not_fit_and_auto_shard():
+    wide = config_of("in_batch", cross_rank=True)
+    assert report(wide, cluster(512, hbm=8 * GIB), ITEMS, EVENTS).fits
+    wide.data.batch_size = 1024
+    made = report(wide, cluster(512, hbm=8 * GIB), ITEMS, EVENTS)
+    assert not made.fits and "kept for tower, activations and loss" in made.reason
+    wide.loss.cross_rank = False
+    assert report(wide, cluster(512, hbm=8 * GIB), ITEMS, EVENTS).fits
+    # A table of 1.5 % of the memory is small, unless candidates take half of that.
+    config, machine = config_of("shared", cross_rank=True), cluster(512, hbm=8 * GIB)
+    config.table.sharding, small = "auto", int(0.015 * 8 * GIB / (4 * 64 * 4))
+    assert planning.choose(config, machine, small, EVENTS).sharding == "replicated"
+    config.loss.num_negatives = 10_000
+    assert planning.choose(config, machine, small, EVENTS).sharding == "auto"
+
+
+def test_bandwidths_reach_torchrec_and_change_what_it_expects(tmp_path, capsys):
+    topology = cluster(16).topology()
+    assert (topology.intra_host_bw, topology.inter_host_bw) == (INTRA_NODE_BANDWIDTH, CROSS_NODE_BANDWIDTH)
+    topology = cluster(16, intra_host_gb_s=450.0, inter_host_gb_s=25.0).topology()
+    assert (topology.intra_host_bw, topology.inter_host_bw) == (450e9 / 1000, 25e9 / 1000)  # bytes a millisecond
+
+    def planned(*options):
+        words = f"plan {SMOKE} --world-size 16 --hbm 80GB --items {ITEMS} --table.sharding row_wise"
+        assert main([*words.split(), "--output", str(tmp_path / "plan.json"), *options]) == 0
+        return json.loads((tmp_path / "plan.json").read_text())
+
+    slow, fast = (planned("--table.inter_host_gb_s", speed) for speed in ("1", "100"))
+    assert slow["machine"]["inter_host_gb_s"] == 1.0 and slow["planner_ms"] > 10 * fast["planner_ms"] > 0
+    assert f"exchange: {slow['planner_ms']:.1f} ms" in capsys.readouterr().out
+    config = Config()
+    config.table.intra_host_gb_s = 0.0
+    with pytest.raises(UserError, match="table.intra_host_gb_s: 0.0 must be greater than 0"):
+        check(config)

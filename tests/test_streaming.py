@@ -99,8 +99,9 @@ def test_whole_histories_give_the_state_of_their_events():
         made.observe(state, *later)
         at_B = times[:, -1]
         for b, n in enumerate(lengths):
-            expected = full_pass(made, embeddings[b : b + 1, : n + extra + 1], times[b : b + 1, : n + extra + 1], at_B[b : b + 1])
-            assert_equal(made.query(state, at_B)[b : b + 1], expected)
+            user, past = slice(b, b + 1), slice(n + extra + 1)
+            expected = full_pass(made, embeddings[user, past], times[user, past], at_B[user])
+            assert_equal(made.query(state, at_B)[user], expected)
 
 
 def test_a_stored_user_comes_back_into_another_batch():

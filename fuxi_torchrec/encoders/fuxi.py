@@ -6,13 +6,13 @@ Shapes: T tokens, D embedding, H heads, d value and q query/key size per head, C
 """
 
 from dataclasses import dataclass
-from typing import Optional, Sequence, Tuple
+from typing import List, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fuxi_torchrec.config import ModelConfig
+from fuxi_torchrec.config import CHANNEL_PRESETS, ModelConfig
 from fuxi_torchrec.encoders import streaming
 from fuxi_torchrec.encoders.base import SequenceEncoder, reset_linear_bias
 from fuxi_torchrec.encoders.channels import BucketedTemporalChannel, FunctionalTemporalChannel, PositionalChannel
@@ -21,12 +21,11 @@ from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.ops.fused import gated_rms_norm, rms_norm, silu_split, swiglu
 from fuxi_torchrec.ops.jagged import JaggedLayout
 from fuxi_torchrec.ops.pointwise_attention import silu_attention
-from fuxi_torchrec.ops.time_maps import TimeGaps
-from fuxi_torchrec.ops.token_mixing import mix_tokens
+from fuxi_torchrec.ops.time_maps import Channel, TimeGaps
+from fuxi_torchrec.ops.token_mixing import mix_tokens, prepare
 
 CHANNEL_ORDER = ("positional", "temporal", "bucketed_temporal", "semantic")
 """The order of the channels in a block, whatever their order in the config."""
-FUXI_ALPHA_CHANNELS = ("positional", "bucketed_temporal", "semantic")
 
 
 @dataclass
@@ -52,6 +51,7 @@ class FuXiBlock(nn.Module):
 
     def __init__(self, config: ModelConfig, channels: Sequence[str], padded_length: int) -> None:
         super().__init__()
+        self.asked_mixing = self.token_mixing = config.token_mixing
         D, H, d, q = config.embedding_dim, config.num_heads, config.value_dim, config.qk_dim
         self.num_heads, self.value_dim, self.qk_dim = H, d, q
         self.dropout = config.dropout
@@ -97,13 +97,22 @@ class FuXiBlock(nn.Module):
         g_TD = rms_norm(h_TD, self.dropout, self.training)
         return F.linear(swiglu(F.linear(g_TD, self.ffn_in_weight)), self.ffn_out_weight) + h_TD
 
+    def mixing_channels(self) -> List[Channel]:
+        """The channels without queries and keys, for `mix_tokens`."""
+        return [mixer.channel() for mixer in self.mixers.values()]
+
+    def check_mixing(self) -> None:
+        """Looks whether `linear` token mixing is good for the temporal channel's parameters as they are."""
+        within = all(mixer.suits_linear() for mixer in self.mixers.values())
+        if self.asked_mixing in ("auto", "linear"):
+            self.token_mixing = self.asked_mixing if within else "exact"
+
     def mix(self, v_TE: Tensor, queries_keys: Tensor, context: FuXiContext) -> Tensor:
         """[T, C * H * d], per head the channels side by side."""
         v_THd = v_TE.unflatten(1, (self.num_heads, self.value_dim))
         parts = []
         if self.mixers:
-            channels = [mixer.channel() for mixer in self.mixers.values()]
-            parts.append(mix_tokens(v_THd, context.layout, channels, context.gaps))
+            parts.append(mix_tokens(v_THd, context.layout, self.mixing_channels(), context.gaps, self.token_mixing))
         if self.has_semantic:
             q_THq, k_THq = queries_keys.unflatten(1, (2, self.num_heads, self.qk_dim)).unbind(1)
             y_THd = silu_attention(q_THq, k_THq, v_THd, context.layout, scale=1 / self.padded_length)
@@ -128,10 +137,29 @@ class FuXiEncoder(SequenceEncoder):
         super().__init__(config.embedding_dim, padded_length, config.input_dropout, time_unit)
         self.channels = ordered_channels(channels)
         self.blocks.extend(FuXiBlock(config, self.channels, padded_length) for _ in range(config.num_blocks))
+        self.mixing_tolerance = config.mixing_tolerance
         self.reset_parameters()
+        self.register_load_state_dict_post_hook(lambda module, _: module.check_mixing())
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.check_mixing()
+
+    def train(self, mode: bool = True) -> "FuXiEncoder":
+        self.check_mixing()
+        return super().train(mode)
+
+    def check_mixing(self) -> None:
+        """Looks whether linear token mixing is as exact as promised for the parameters' present values; what isn't is
+        computed exactly until the next look. It reads values from the device, so a trainer calls it when it logs."""
+        for block in self.blocks:
+            block.check_mixing()
 
     def batch_context(self, timestamps_T: Tensor, next_timestamps_T: Tensor, layout: JaggedLayout) -> FuXiContext:
-        return FuXiContext(layout, TimeGaps(timestamps_T, next_timestamps_T, layout, self.time_unit))
+        gaps = TimeGaps(timestamps_T, next_timestamps_T, layout, self.time_unit, self.mixing_tolerance)
+        for block in self.blocks:
+            prepare(layout, block.mixing_channels(), gaps, block.token_mixing)
+        return FuXiContext(layout, gaps)
 
     @property
     def value_width(self) -> int:
@@ -188,5 +216,5 @@ class FuXiEncoder(SequenceEncoder):
 
 def build_fuxi_alpha(config: ModelConfig, padded_length: int, time_unit: float) -> FuXiEncoder:
     """FuXi-α: positional, bucketed temporal and semantic channels, unless config.channels says otherwise."""
-    channels: Optional[Sequence[str]] = config.channels
-    return FuXiEncoder(config, FUXI_ALPHA_CHANNELS if channels is None else channels, padded_length, time_unit)
+    channels = CHANNEL_PRESETS["fuxi_alpha"] if config.channels is None else config.channels
+    return FuXiEncoder(config, channels, padded_length, time_unit)

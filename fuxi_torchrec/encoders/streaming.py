@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fuxi_torchrec.errors import UserError
-from fuxi_torchrec.ops.exponential_sums import B_RANGE, DEFAULT_TOLERANCE, power_law_sum
+from fuxi_torchrec.ops.exponential_sums import B_RANGE, power_law_sum
 from fuxi_torchrec.ops.jagged import JaggedLayout
 
 STREAMED_FORMS = ("pow", "exp", "zero")
@@ -101,15 +101,15 @@ class _Temporal:
         return self.amplitude * torch.exp(-self.scalar * seconds_B.log1p().float())
 
 
-def _temporal(block, sums: int) -> Optional[_Temporal]:
+def _temporal(encoder, block) -> Optional[_Temporal]:
     """None for a block without a temporal channel, or whose function is zero."""
     mixer = block.mixers["temporal"] if "temporal" in block.mixers else None
     if mixer is None or mixer.kind == "zero":
         return None
     if mixer.kind == "exp":
-        rates_K = mixer.b.detach().double().exp().expand(sums)
+        rates_K = mixer.b.detach().double().exp()
         return _Temporal(mixer.a, "exp", mixer.b, rates_K, None)
-    power = power_law_sum(DEFAULT_TOLERANCE)
+    power = power_law_sum(encoder.mixing_tolerance)
     weights_K, _ = power.weights_K(mixer.b)
     return _Temporal(mixer.a, "pow", mixer.b, power.rates_K(mixer.b.device), weights_K.float())
 
@@ -117,7 +117,7 @@ def _temporal(block, sums: int) -> Optional[_Temporal]:
 def _sums(encoder) -> int:
     """K: how many sums a block keeps, the same for all blocks of an encoder."""
     kinds = {block.mixers["temporal"].kind for block in encoder.blocks if "temporal" in block.mixers}
-    return {"pow": power_law_sum(DEFAULT_TOLERANCE).count + 1, "exp": 1}.get(kinds.pop() if kinds else "zero", 0)
+    return {"pow": power_law_sum(encoder.mixing_tolerance).terms, "exp": 1}.get(kinds.pop() if kinds else "zero", 0)
 
 
 def check_streamable(encoder) -> None:
@@ -221,9 +221,9 @@ def _fill(encoder, state: StreamingState, values_TLE: Tensor, timestamps_T: Tens
         values_FE = values_TLE[final_T, level]
         if state.values_BLNE.shape[2]:
             state.values_BLNE[user_F, level, position_F] = values_FE
-        temporal = _temporal(block, state.sums_BLKE.shape[2])
+        temporal = _temporal(encoder, block)
         if temporal is not None:
-            for k, rate in enumerate(temporal.rates_K):
+            for k, rate in enumerate(temporal.rates_K):  # [events, K, E] would not fit
                 decayed_FE = torch.exp(-rate * seconds_F).float()[:, None] * values_FE
                 state.sums_BLKE[:, level, k].index_add_(0, user_F, decayed_FE)
 
@@ -239,7 +239,7 @@ def _run(encoder, state: StreamingState, next_B: Tensor) -> Tuple[Tensor, Tensor
     for level, block in enumerate(encoder.blocks):
         u, v_BE, _ = block.project(x_BD)
         parts = [
-            _mixed(block, name, state, level, v_BE, since_B, own_B).unflatten(1, (block.num_heads, block.value_dim))
+            _mixed(encoder, block, name, state, level, v_BE, since_B, own_B).unflatten(1, (block.num_heads, block.value_dim))
             for name in block.mixers
         ]
         x_BD = block.finish(x_BD, u, torch.stack(parts, 2).flatten(1))
@@ -247,11 +247,11 @@ def _run(encoder, state: StreamingState, next_B: Tensor) -> Tuple[Tensor, Tensor
     return x_BD, torch.stack(values, 1)
 
 
-def _mixed(block, name: str, state: StreamingState, level: int, v_BE, since_B, own_B) -> Tensor:
+def _mixed(encoder, block, name: str, state: StreamingState, level: int, v_BE, since_B, own_B) -> Tensor:
     """One channel's output, [B, E]."""
     if name == "positional":
         return state.past_BLE[:, level] + block.mixers[name].weight_N[0] * v_BE
-    temporal = _temporal(block, state.sums_BLKE.shape[2])
+    temporal = _temporal(encoder, block)
     if temporal is None:
         return torch.zeros_like(v_BE)
     moved_BK = torch.exp(-since_B[:, None] * temporal.rates_K).float()
@@ -270,7 +270,7 @@ def _finalise(encoder, state: StreamingState, values_BLE: Tensor) -> None:
     moved_B = torch.where(state.count_B > 0, state.pending_time_B - state.anchor_B, 0)
     seconds_B = moved_B.clamp(min=0).double() * encoder.time_unit
     for level, block in enumerate(encoder.blocks):
-        temporal = _temporal(block, state.sums_BLKE.shape[2])
+        temporal = _temporal(encoder, block)
         if temporal is None:
             continue
         decay_BK1 = torch.exp(-seconds_B[:, None] * temporal.rates_K).float()[..., None]

@@ -26,7 +26,12 @@ class ExponentialSum:
 
     step: float
     first: float
-    count: int
+    nodes: int
+
+    @property
+    def terms(self) -> int:
+        """K."""
+        return self.nodes + 1
 
     def rates_K(self, device: torch.device) -> Tensor:
         """λ_k, float64 [K], per second."""
@@ -52,7 +57,7 @@ class ExponentialSum:
         return torch.cat([constant[None], weight]), torch.cat([constant_slope[None], slope])
 
     def _nodes(self, device: torch.device) -> Tensor:
-        return self.first + self.step * torch.arange(self.count, dtype=torch.float64, device=device)
+        return self.first + self.step * torch.arange(self.nodes, dtype=torch.float64, device=device)
 
 
 def _geometric(b: Tensor, h: float) -> Tuple[Tensor, Tensor]:
