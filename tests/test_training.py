@@ -91,8 +91,10 @@ def test_a_shared_pool_trains(small_dataset, tmp_path):
 
 @pytest.mark.parametrize("stop", [4, 11, 20])
 def test_a_stopped_run_resumes_with_the_same_losses_to_the_bit(small_dataset, tmp_path, stop):
-    config = tiny(small_dataset)
+    """Fifty steps and more after it, from within the first, the second and the third epoch."""
+    config = tiny(small_dataset, max_epochs=8)
     whole = train(config, tmp_path / "whole")
+    assert len(losses(tmp_path / "whole")) >= stop + 50
     with pytest.raises(Interrupted) as stopped:
         train(config, tmp_path / "cut", before=stop_after(stop))
     assert stopped.value.code == 128 + signal.SIGTERM
