@@ -98,6 +98,7 @@ def _train(arguments: List[str]) -> int:
     )
     parser.add_argument("--output", type=str, default=None, help="Run folder; default runs/<config's name>.")
     parser.add_argument("--resume", action="store_true", help="Go on from the run folder's last checkpoint, if any.")
+    parser.add_argument("--profile", action="store_true", help="Write a trace of some early steps to RUN_DIR/profile/.")
     parser.add_argument("--print-config", action="store_true", help="Print the resolved config as YAML and stop.")
     add_config_arguments(parser)
     if any(argument in ("-h", "--help") for argument in arguments):
@@ -112,10 +113,10 @@ def _train(arguments: List[str]) -> int:
     if not config.data.path:
         raise UserError("data.path: no data set named; give --data.path DIR (made by 'fuxi-torchrec prepare')")
     output = namespace.output or os.path.join("runs", os.path.splitext(os.path.basename(path))[0])
-    return _run_training(config, output, namespace.resume)
+    return _run_training(config, output, namespace.resume, namespace.profile)
 
 
-def _run_training(config: Any, output: str, resume: bool) -> int:
+def _run_training(config: Any, output: str, resume: bool, profile: bool) -> int:
     from fuxi_torchrec.config_check import check_table
     from fuxi_torchrec.data_format import read_identity
 
@@ -137,7 +138,7 @@ def _run_training(config: Any, output: str, resume: bool) -> int:
         check_splits(dataset, config.data)
         run, resume = _start_run(output, config, dataset, resume, world)
         try:
-            results = Trainer(config, dataset, run, world, resume).fit()
+            results = Trainer(config, dataset, run, world, resume, profile).fit()
         except Interrupted as stopped:
             if world.is_main:
                 print(f"{stopped} (saved in {output})", file=sys.stderr)

@@ -14,8 +14,9 @@ from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.evaluation import evaluate
 from fuxi_torchrec.run_folder import RunFolder
 from fuxi_torchrec.saved import open_model
+from fuxi_torchrec.schedule import learning_rate
 from fuxi_torchrec.sharding import start_world
-from fuxi_torchrec.training import Interrupted, Trainer, learning_rate
+from fuxi_torchrec.training import Interrupted, Trainer
 
 
 def tiny(folder, **trainer):
