@@ -43,10 +43,17 @@ class Checkpoints:
         folder: the run's checkpoints/; trainer.checkpoint_folder goes before it.
         config, num_items: what makes a model; a checkpoint of another one is refused by name of the differing key.
         beside: file name -> text, kept in every checkpoint beside config.yaml.
+        trained_by: what decides the optimizer state's shapes, by key; going on with another is refused by that key.
     """
 
     def __init__(
-        self, folder: str, config: Config, num_items: int, world: World, beside: Optional[Dict[str, str]] = None
+        self,
+        folder: str,
+        config: Config,
+        num_items: int,
+        world: World,
+        beside: Optional[Dict[str, str]] = None,
+        trained_by: Optional[Dict[str, Any]] = None,
     ):
         self.folder, self.world = config.trainer.checkpoint_folder or folder, world
         self.keep = config.trainer.keep_checkpoints
@@ -56,6 +63,7 @@ class Checkpoints:
             "model.padded_length": config.padded_length,
             "num_items": num_items,
         }
+        self.trained_by = trained_by or {}
         wanted = config.trainer.async_checkpoint
         self.in_background = wanted if wanted is not None else world.device.type == "cuda"
         self.timeout = timedelta(minutes=config.trainer.timeout_minutes)
@@ -79,7 +87,8 @@ class Checkpoints:
         self.wait()
         name = f"step-{state['step']:08d}"
         self.best = name if is_best else self.best
-        marker = {**state, "best": self.best, "format": FORMAT, "identity": self.identity}
+        identities = {"identity": self.identity, "trained_by": self.trained_by}
+        marker = {**state, "best": self.best, "format": FORMAT, **identities}
         tensors = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         if not self.in_background:
             return self._write(name, tensors, marker)
@@ -157,6 +166,12 @@ class Checkpoints:
 
     def _finish(self, name: str, marker: Dict[str, Any]) -> None:
         path = join(self.folder, name)
+        unseen = storage.unseen(path, marker["files"])
+        if unseen:
+            raise UserError(
+                f"{path}: checkpoint not complete, since {unseen}, which another rank wrote, cannot be seen from rank 0; "
+                "keep checkpoints in a folder that all ranks share (--output, trainer.checkpoint_folder)"
+            )
         for file, text in self.beside.items():
             marker["files"][file] = storage.write_text(join(path, file), text)
         storage.write_text(join(path, storage.MARKER), json.dumps(marker, indent=2))
@@ -204,6 +219,7 @@ class Checkpoints:
         path = join(self.folder, name)
         target: Dict[str, Any] = {"model": model.state_dict()}
         if optimizer is not None:
+            self._check_trained_by(path, marker)
             create_optimizer_state(model, optimizer)
             target["optimizer"] = optimizer.state_dict()
         try:
@@ -228,6 +244,15 @@ class Checkpoints:
                 raise UserError(
                     f"{path}: a checkpoint of another model; {key} is {saved.get(key)} there and "
                     f"{self.identity.get(key)} here"
+                )
+
+    def _check_trained_by(self, path: str, marker: Dict[str, Any]) -> None:
+        saved = marker.get("trained_by", self.trained_by)
+        for key, value in self.trained_by.items():
+            if saved[key] != value:
+                raise UserError(
+                    f"{path}: {key} was {saved[key]} when this was saved and is {value} now, and the optimizer's state "
+                    "would not fit; go on with table.sharding and table.optimizer as they were"
                 )
 
     def _agreed(self, function: Any, *arguments: Any) -> Any:

@@ -7,9 +7,10 @@ import json
 import os
 import pickle
 import shutil
+import time
 import zlib
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, Iterable, Iterator, List, Optional
 
 from torch.distributed.checkpoint.filesystem import (
     CURRENT_DCP_VERSION,
@@ -22,6 +23,7 @@ from fuxi_torchrec.paths import join, path_manager
 
 MARKER = "complete.json"
 CHUNK = 1 << 22
+PATIENCE = 10.0
 
 
 class _Counted:
@@ -150,6 +152,17 @@ def write_text(path: str, text: str) -> Dict[str, int]:
         if hasattr(file, "fileno"):
             os.fsync(file.fileno())
     return {"bytes": len(data), "crc32": zlib.crc32(data)}
+
+
+def unseen(folder: str, files: Iterable[str]) -> Optional[str]:
+    """A file that is not to be found, PATIENCE seconds after it was written: a network's folder may lag a little."""
+    end = time.monotonic() + PATIENCE
+    for name in files:
+        while not path_manager().exists(join(folder, name)):
+            if time.monotonic() > end:
+                return name
+            time.sleep(0.1)
+    return None
 
 
 def damage(folder: str, files: Dict[str, Dict[str, int]]) -> Optional[str]:

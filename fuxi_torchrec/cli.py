@@ -132,7 +132,7 @@ def _run_training(config: Any, output: str, resume: bool) -> int:
     check_table(config, device_type(trainer.device))
     with start_world(trainer.device, trainer.timeout_minutes) as world, fail_together(world):
         dataset = SequenceDataset(config.data.path)
-        check_same_start(world, config.to_dict(), dataset.identity.content_checksum)
+        check_same_start(world, config.to_dict(), output, dataset.identity.content_checksum)
         check_enough_data(dataset, world.size)
         check_splits(dataset, config.data)
         run, resume = _start_run(output, config, dataset, resume, world)

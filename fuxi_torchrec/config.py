@@ -11,7 +11,13 @@ from typing import Any, Dict, List, Literal, Optional, Tuple
 EncoderName = Literal["fuxi_beta", "fuxi_alpha", "hstu", "sasrec"]
 ChannelName = Literal["positional", "temporal", "bucketed_temporal", "semantic"]
 BiasFunction = Literal["pow", "exp", "log", "linear", "sin", "mixed", "nn", "zero"]
+TokenMixing = Literal["auto", "reference", "exact", "blocked", "native", "linear", "triton"]
 SplitName = Literal["train", "validation", "test"]
+CHANNEL_PRESETS: Dict[str, Tuple[ChannelName, ...]] = {
+    "fuxi_beta": ("positional", "temporal"),
+    "fuxi_alpha": ("positional", "bucketed_temporal", "semantic"),
+}
+"""The channels of the FuXi encoders where model.channels is null."""
 
 
 @dataclass
@@ -30,9 +36,10 @@ class DataConfig:
     batch_size: int = 128
     """Users in a training batch, per rank."""
     tokens_per_batch: Optional[int] = None
-    """If set, a batch ends before its supervised positions exceed this (batch_size still bounds its users)."""
+    """If set, a rank's batch ends before its supervised positions exceed this (batch_size still bounds its users)."""
     shuffle_buffer: int = 65536
-    """Users that are shuffled together (whole row groups, at least one); memory grows with it."""
+    """Users that are shuffled together (whole row groups, at least one), in the memory of every rank. A data set no
+    larger is read by all ranks and dealt user by user, of a larger one each rank reads a part."""
     prefetch: Optional[int] = None
     """Batches made ahead in a background thread; null: 2 beside a GPU, 0 on a CPU, where the thread would only take its
     time from the others."""
@@ -60,6 +67,11 @@ class ModelConfig:
     """FuXi's token-mixing channels; null takes the preset of the encoder's name."""
     bias_function: BiasFunction = "pow"
     """f(x) of the functional temporal channel."""
+    token_mixing: TokenMixing = "auto"
+    """FuXi: how the channels are computed, with the same results up to rounding and mixing_tolerance; auto: the fastest
+    for the device, the lengths and bias_function. docs/token_mixing.md."""
+    mixing_tolerance: float = 1e-6
+    """FuXi: largest relative error of a pow map where token_mixing is linear; a smaller one takes more terms."""
     activation: Literal["relu", "gelu"] = "relu"
     """SASRec's feed-forward activation."""
     input_dropout: float = 0.2
@@ -119,6 +131,11 @@ class TableConfig:
     """GPU memory of a rank, GiB, that the planner counts with; null: the device's own."""
     ddr_gb: Optional[float] = None
     """Host memory of a rank, GiB; null: the machine's, shared by its ranks."""
+    intra_host_gb_s: Optional[float] = None
+    """What the planner takes a rank to exchange with ranks of its own host, 10^9 bytes a second; null: TorchRec's default
+    (NVLink's 644)."""
+    inter_host_gb_s: Optional[float] = None
+    """The same with ranks of other hosts; null: TorchRec's default (13.4, a 100 Gbit/s card for every rank)."""
 
 
 @dataclass
@@ -184,8 +201,7 @@ class TrainerConfig:
     timeout_minutes: float = 30.0
     """A process that keeps the others waiting longer than this is given up, and the run stops."""
     train_pipeline: Optional[Literal["base", "sparse_dist"]] = None
-    """sparse_dist: the ids of the next batch are exchanged while this one computes; null: sparse_dist on CUDA where the
-    table is sharded, else base."""
+    """sparse_dist: the ids of the next batch are exchanged while this one computes; null: sparse_dist on CUDA, else base."""
     metric: str = "ndcg@10"
     """Higher is better, except for cross_entropy. Decides the best checkpoint and early stopping."""
     patience: Optional[int] = None

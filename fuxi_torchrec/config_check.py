@@ -119,7 +119,7 @@ def check_table(config: Config, device_type: Optional[str] = None) -> None:
     """Refuses pairs of sharding, optimizer and device that cannot train. device_type: "cpu" or "cuda" where something is
     to be trained; a model can be evaluated on another device than trained it."""
     table = config.table
-    for key in ("learning_rate", "hbm_gb", "ddr_gb"):
+    for key in ("learning_rate", "hbm_gb", "ddr_gb", "intra_host_gb_s", "inter_host_gb_s"):
         if getattr(table, key) is not None and not getattr(table, key) > 0:
             raise UserError(f"table.{key}: {getattr(table, key)} must be greater than 0; null takes the default")
     if table.optimizer == "adamw" and table.sharding not in ("auto", "replicated"):
@@ -136,14 +136,17 @@ def check_table(config: Config, device_type: Optional[str] = None) -> None:
         raise UserError(
             "table.optimizer: fbgemm has no fused adam on a CPU; take rowwise_adagrad or adagrad, or trainer.device=cuda"
         )
-    if table.sharding == "replicated" and table.learning_rate is not None:
+    # What auto will do where the optimizer leaves it no choice.
+    replicated = table.sharding == "replicated" or (table.sharding == "auto" and table.optimizer == "adamw")
+    sharded = table.sharding not in ("auto", "replicated") or table.optimizer not in (None, "adamw")
+    if replicated and table.learning_rate is not None:
         raise UserError(
             "table.learning_rate: a replicated table is trained with the rest, by optimizer.learning_rate; set null"
         )
-    if table.sharding not in ("auto", "replicated") and config.model.embedding_dim % 4:
+    if sharded and config.model.embedding_dim % 4:
         raise UserError(
             f"model.embedding_dim: fbgemm's sharded tables need a multiple of 4, not {config.model.embedding_dim}; "
-            "change it, or take table.sharding=replicated"
+            "change it, or take table.sharding=replicated with table.optimizer=adamw"
         )
 
 

@@ -35,6 +35,14 @@ class UserRows:
     timestamps_E: np.ndarray  # int64, ticks
     log_probs_E: Optional[np.ndarray] = None  # float64, where the data set has them
 
+    def cut(self, begin: int, end: int) -> "UserRows":
+        """The users [begin, end)."""
+        offsets = self.offsets_U1[begin : end + 1]
+        events = slice(offsets[0], offsets[-1])
+        log_probs_E = None if self.log_probs_E is None else self.log_probs_E[events]
+        ids_E, times_E = self.item_ids_E[events], self.timestamps_E[events]
+        return UserRows(self.user_ids_U[begin:end], offsets - offsets[0], ids_E, times_E, log_probs_E)
+
 
 @dataclass
 class Windows:
@@ -159,13 +167,10 @@ def check_splits(dataset: SequenceDataset, config: DataConfig) -> None:
 
 
 def check_enough_data(dataset: SequenceDataset, processes: int) -> None:
-    """Raises UserError for more processes than row groups, the unit that is dealt to ranks."""
-    row_groups = len(dataset.row_groups)
-    if row_groups < processes:
-        raise UserError(
-            f"{dataset.folder}: {row_groups} row groups of users are too few for {processes} processes; "
-            f"use at most {row_groups}"
-        )
+    """Raises UserError for more processes than users, who are what is dealt to ranks."""
+    users = dataset.identity.num_users
+    if users < processes:
+        raise UserError(f"{dataset.folder}: {users} users are too few for {processes} processes; use at most {users}")
 
 
 def ranges(start_U: np.ndarray, stop_U: np.ndarray) -> np.ndarray:

@@ -105,6 +105,7 @@ class _Watch(threading.Thread):
             failed = json.loads(self.store.get(FAILED))
             print(f"error: rank {failed['rank']}: {failed['message']}", file=sys.stderr, flush=True)
             self.store.set(HEARD, "")
+            time.sleep(0.5)  # or the rank that waits to be heard finds the store gone, and c10d prints its stack
             os._exit(failed["code"])  # the main thread may be waiting for the rank that failed, and never return
 
 
@@ -176,14 +177,14 @@ def _wait_for(store: dist.Store, key: str) -> bool:
     return False
 
 
-def check_same_start(world: World, config: Dict[str, Any], content_checksum: str) -> None:
-    """Raises UserError where this rank's config or data set differs from rank 0's, naming the key.
+def check_same_start(world: World, config: Dict[str, Any], output: str, content_checksum: str) -> None:
+    """Raises UserError where this rank's config, run folder or data set differs from rank 0's, naming the key.
 
     data.path may differ, as long as the content is the same.
     """
     if world.size == 1:
         return
-    mine = {**_flat(config), "the data set's content": content_checksum}
+    mine = {**_flat(config), "--output": os.path.abspath(output), "the data set's content": content_checksum}
     mine.pop("data.path")
     first = world.from_main(mine)
     for key in sorted(set(mine) | set(first)):

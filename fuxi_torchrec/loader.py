@@ -1,37 +1,24 @@
 """Streams of batches. What comes next is a function of (seed, epoch, rank, position), so a position resumes exactly.
 
-An epoch shuffles the row groups, deals them to the ranks, and shuffles the users inside buffers of whole row groups.
-Only the current buffer is in memory; a position is (epoch, buffer, users already taken of it). What is left of an epoch
-can be dealt again to another number of ranks: no user is seen twice, and none is left out.
+An epoch shuffles the row groups, deals them to the ranks, and shuffles the users inside buffers of row groups
+(dealing.py). Only the current buffer is in memory; a position is (epoch, buffer, users already taken of it). What is left
+of an epoch can be dealt again to another number of ranks: no user is seen twice, and none is left out.
 """
 
 import queue
 import threading
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, TypeVar
+from dataclasses import replace
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple, TypeVar
 
 import numpy as np
 
 from fuxi_torchrec.batch import SequenceBatch, collate
 from fuxi_torchrec.config import DataConfig
 from fuxi_torchrec.dataset import RowGroup, SequenceDataset, UserRows, Windows, concatenate, windows
+from fuxi_torchrec.dealing import Buffer, Position, Rows, cut_evenly, deal_epoch, even_order, next_batch
 from fuxi_torchrec.negatives import NegativeSampler
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where a training stream is: `taken` users of buffer `buffer` of epoch `epoch` are behind it, after `step` batches
-    in all (the step decides the negatives)."""
-
-    epoch: int = 0
-    buffer: int = 0
-    taken: int = 0
-    step: int = 0
-
-    def to_dict(self) -> Dict[str, int]:
-        return asdict(self)
 
 
 def positions_after(state: Dict[str, Any], rank: int, world_size: int) -> Tuple[Position, List[List[Position]]]:
@@ -48,21 +35,6 @@ def positions_after(state: Dict[str, Any], rank: int, world_size: int) -> Tuple[
     return Position(epoch=epoch, step=positions[0].step), [*deals, positions]
 
 
-@dataclass(frozen=True)
-class Buffer:
-    """Row groups whose users are shuffled together, in an order that `key` decides; of that order the users
-    [begin, end) are this buffer's."""
-
-    groups: Tuple[RowGroup, ...]
-    key: Tuple[int, ...]
-    begin: int
-    end: int
-
-    @property
-    def users(self) -> int:
-        return max(self.end - self.begin, 0)
-
-
 class TrainingStream:
     """Batches of the training split.
 
@@ -70,7 +42,7 @@ class TrainingStream:
         dataset, config: what is read and how it is batched.
         sampler: draws the negatives at collation.
         seed: decides the order.
-        rank, world_size: an epoch's shuffled row groups are dealt one by one, to the rank with the fewest users so far.
+        rank, world_size: whose part of the epoch it is.
 
     Attributes:
         deals: where the ranks of each earlier world stood in the current epoch when that world ended.
@@ -94,17 +66,17 @@ class TrainingStream:
         buffers = self._buffers(position.epoch)
         for number in range(position.buffer, len(buffers)):
             buffer = buffers[number]
+            rank, ranks = (self.rank, self.world_size) if buffer.shared else (0, 1)
             taken = max(buffer.begin, position.taken if number == position.buffer else 0)
-            rows = concatenate([self.dataset.read(group) for group in buffer.groups])
-            users = windows(rows, self.config, "train")
-            users = users.take(self._random(*buffer.key).permutation(len(users.user_ids_U))[: buffer.end])
-            ends_U = np.cumsum(users.stop_U - users.start_U - 1)
-            while taken < len(ends_U):
-                end = self._batch_end(ends_U, taken)
-                position = replace(position, buffer=number, taken=end, step=position.step + 1)
-                batch_users = users.take(slice(taken, end))
-                yield collate(rows, batch_users, self.sampler, step=position.step, position=position)
-                taken = end
+            rows, users = self._read(buffer)
+            lengths_U = users.stop_U - users.start_U - 1
+            while taken < len(lengths_U):
+                most = self._most_users(buffer, len(lengths_U) - taken)
+                taker_U = next_batch(lengths_U[taken:], ranks, most, self.config.tokens_per_batch)
+                mine = users.take(taken + np.flatnonzero(taker_U == rank))
+                taken += len(taker_U)
+                position = replace(position, buffer=number, taken=taken, step=position.step + 1)
+                yield collate(rows, mine, self.sampler, step=position.step, position=position)
 
     def empty_batch(self, position: Position) -> SequenceBatch:
         """What a rank without data left contributes while others still have some."""
@@ -116,89 +88,27 @@ class TrainingStream:
     def _buffers(self, epoch: int) -> List[Buffer]:
         """This rank's buffers of an epoch, each of about shuffle_buffer users."""
         order = self._random(epoch).permutation(len(self.dataset.row_groups))
-        groups = [self.dataset.row_groups[index] for index in order]
-        begun: List[Buffer] = []
+        rows = _rows([self.dataset.row_groups[index] for index in order])
         deals = self.deals if self.deals and self.deals[0][0].epoch == epoch else []
-        for generation, positions in enumerate(deals):
-            dealt = self._deal(groups, begun, len(positions), epoch, generation)
-            begun, groups = _unfinished(dealt, positions)
-        return self._deal(groups, begun, self.world_size, epoch, len(deals))[self.rank]
+        return deal_epoch(rows, epoch, deals, self.world_size, self.config.shuffle_buffer)[self.rank]
 
-    def _deal(
-        self, groups: Sequence[RowGroup], begun: Sequence[Buffer], ranks: int, epoch: int, generation: int
-    ) -> List[List[Buffer]]:
-        """Buffers of every rank: first those that an earlier world had begun, then new ones of whole row groups."""
-        dealt: List[List[Buffer]] = [[] for _ in range(ranks)]
-        users = [0] * ranks
-        for buffer in _pieces(begun, ranks):
-            rank = users.index(min(users))
-            dealt[rank].append(buffer)
-            users[rank] += buffer.users
-        hands: List[List[RowGroup]] = [[] for _ in range(ranks)]
-        for group in groups:
-            rank = users.index(min(users))
-            hands[rank].append(group)
-            users[rank] += group.num_rows
-        for rank, hand in enumerate(hands):
-            for number, part in enumerate(_cut(hand, self.config.shuffle_buffer)):
-                # A later deal draws other orders than the first, whose ranks and numbers it would repeat.
-                this = (epoch, rank, number, generation) if generation else (epoch, rank, number)
-                dealt[rank].append(Buffer(tuple(part), this, 0, sum(group.num_rows for group in part)))
-        return dealt
+    def _read(self, buffer: Buffer) -> Tuple[UserRows, Windows]:
+        """A buffer's events, and its users in their order."""
+        rows = concatenate([self.dataset.read(part.group).cut(part.begin, part.end) for part in buffer.rows])
+        users = windows(rows, self.config, "train")
+        random = self._random(*buffer.key)
+        lengths_U = users.stop_U - users.start_U
+        order = random.permutation(len(lengths_U)) if buffer.shared else even_order(lengths_U, random)
+        return rows, users.take(order[: buffer.end])
 
-    def _batch_end(self, ends_U: np.ndarray, begin: int) -> int:
-        end = min(begin + self.config.batch_size, len(ends_U))
-        if self.config.tokens_per_batch is not None:
-            before = ends_U[begin - 1] if begin else 0
-            fitting = int(np.searchsorted(ends_U, before + self.config.tokens_per_batch, side="right"))
-            end = min(end, max(fitting, begin + 1))
-        return end
+    def _most_users(self, buffer: Buffer, left: int) -> int:
+        """Users of the next batch where no token budget ends it. A rank's own buffer is cut into equal batches, as the
+        other ranks' buffers end at other steps, where a small last batch would have them wait."""
+        batches = -(-left // self.config.batch_size)
+        return self.config.batch_size if buffer.shared else -(-left // batches)
 
     def _random(self, *key: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, *key])
-
-
-def _cut(groups: Sequence[RowGroup], users: int) -> List[List[RowGroup]]:
-    """Runs of whole row groups, each closed once it holds `users` users."""
-    parts: List[List[RowGroup]] = []
-    held = users
-    for group in groups:
-        if held >= users:
-            parts.append([])
-            held = 0
-        parts[-1].append(group)
-        held += group.num_rows
-    return parts
-
-
-def _unfinished(
-    dealt: Sequence[Sequence[Buffer]], positions: Sequence[Position]
-) -> Tuple[List[Buffer], List[RowGroup]]:
-    """What the ranks of an earlier world left: buffers already begun (anything but untouched), and row groups."""
-    begun: List[Buffer] = []
-    groups: List[RowGroup] = []
-    for buffers, position in zip(dealt, positions):
-        for number in range(position.buffer, len(buffers)):
-            buffer = buffers[number]
-            taken = max(buffer.begin, position.taken if number == position.buffer else 0)
-            whole = sum(group.num_rows for group in buffer.groups)
-            if (taken, buffer.end) == (0, whole):
-                groups += buffer.groups
-            elif taken < buffer.end:
-                begun.append(replace(buffer, begin=taken))
-    return begun, groups
-
-
-def _pieces(begun: Sequence[Buffer], ranks: int) -> List[Buffer]:
-    """The buffers, cut where there are fewer of them than ranks. A piece's rank reads the whole buffer's row groups."""
-    if not begun:
-        return []
-    each = -(-ranks // len(begun))
-    pieces = []
-    for buffer in begun:
-        edges = [buffer.begin + buffer.users * i // each for i in range(each + 1)]
-        pieces += [replace(buffer, begin=low, end=high) for low, high in zip(edges, edges[1:]) if low < high]
-    return pieces
 
 
 def evaluation_batches(
@@ -209,16 +119,20 @@ def evaluation_batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[SequenceBatch]:
-    """Every user of a split once, in the data set's order; row groups are dealt round robin to the ranks.
+    """Every user of a split once; each rank has an even run of the data set's order.
 
-    A batch has no negatives; the target of user b is the last of its events. With world_size > 1 the ranks have
+    A batch has no negatives; the target of user b is the last of its events. With world_size > 1 the ranks may have
     different numbers of batches.
     """
-    for group in dataset.row_groups[rank::world_size]:
-        rows = dataset.read(group, log_probs=dataset.has_log_probs)
+    for part in cut_evenly(_rows(dataset.row_groups), world_size)[rank]:
+        rows = dataset.read(part.group, log_probs=dataset.has_log_probs).cut(part.begin, part.end)
         users = windows(rows, config, split)
         for begin in range(0, len(users.user_ids_U), batch_size):
             yield collate(rows, users.take(slice(begin, begin + batch_size)))
+
+
+def _rows(groups: Iterable[RowGroup]) -> List[Rows]:
+    return [Rows(group, 0, group.num_rows) for group in groups]
 
 
 def prefetch_depth(config: DataConfig, device_type: str) -> int:

@@ -4,14 +4,16 @@ Both hand out batches and run the forward pass; what a step does with the loss i
 losses.
 """
 
-from typing import Iterator, Optional
+from typing import Any, Iterator, Optional
 
 import torch
 from torch import Tensor, nn
+from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from fuxi_torchrec.batch import SequenceBatch
 from fuxi_torchrec.config import Config
+from fuxi_torchrec.sharding import is_sharded
 
 
 class BasePipeline:
@@ -38,8 +40,8 @@ class BasePipeline:
 
 class SparseDistPipeline(TrainPipelineSparseDist):
     """TorchRec's TrainPipelineSparseDist with its step cut in two, since the loss must be summed over all ranks before
-    backward. While a batch computes, the ids of the next one go to the ranks that hold their rows, and the one after
-    that is copied to the device."""
+    backward. While a batch computes, the ids of the next one go to the ranks that hold their rows (a replicated table has
+    no such exchange), and the one after that is copied to the device."""
 
     def __init__(self, model: nn.Module, device: torch.device):
         # Optimizer and backward are the Trainer's.
@@ -86,10 +88,16 @@ class SparseDistPipeline(TrainPipelineSparseDist):
         self.contexts.clear()
         self._computed = False
 
+    def _pipeline_model(self, batch: Optional[SequenceBatch], context: Any, *rest: Any, **more: Any) -> None:
+        if is_sharded(self._model):
+            super()._pipeline_model(batch, context, *rest, **more)
+        else:  # no lookup to take apart, which torchrec would search for by tracing the tower
+            self.start_sparse_data_dist(batch, context)
+
     _computed = False
 
 
-def build_pipeline(config: Config, model: nn.Module, device: torch.device, is_sharded: bool):
-    """trainer.train_pipeline, or what suits the device and the table."""
-    kind = config.trainer.train_pipeline or ("sparse_dist" if device.type == "cuda" and is_sharded else "base")
+def build_pipeline(config: Config, model: DistributedModelParallel, device: torch.device):
+    """trainer.train_pipeline, or what suits the device."""
+    kind = config.trainer.train_pipeline or ("sparse_dist" if device.type == "cuda" else "base")
     return SparseDistPipeline(model, device) if kind == "sparse_dist" else BasePipeline(model, device)

@@ -40,7 +40,8 @@ def plan(arguments: List[str]) -> int:
 
     hbm = plan_report.parse_size(options.hbm, "--hbm") if options.hbm else 0
     ddr = plan_report.parse_size(options.ddr, "--ddr")
-    machine = Machine("cuda" if hbm else "cpu", hbm, ddr, options.world_size, local)
+    speeds = config.table.intra_host_gb_s, config.table.inter_host_gb_s
+    machine = Machine("cuda" if hbm else "cpu", hbm, ddr, options.world_size, local, *speeds)
     report = plan_report.report(config, machine, items, events)
     plan_report.show(report)
     try:

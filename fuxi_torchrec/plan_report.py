@@ -12,22 +12,21 @@ from rich.console import Console
 from rich.table import Table
 from torchrec.distributed.types import ShardingPlan
 
-from fuxi_torchrec import planning
+from fuxi_torchrec import estimates, planning
 from fuxi_torchrec.config import Config
 from fuxi_torchrec.errors import UserError
+from fuxi_torchrec.estimates import FLOAT_BYTES, ID_BYTES
 from fuxi_torchrec.model import build_model
 from fuxi_torchrec.planning import GIB, Machine
-from fuxi_torchrec.shards import FLOAT_BYTES, Shard, planned_shards, replicated_shards
-from fuxi_torchrec.tables import TableChoice, choose_table
-
-ID_BYTES = 8
-# Floats kept for backward, per token and block, in widths of the model: measured on no device, an upper guess.
-KEPT_WIDTHS = 24
+from fuxi_torchrec.shards import Shard, planned_shards, replicated_shards
+from fuxi_torchrec.tables import TableChoice
 
 
 @dataclass
 class Report:
-    """Everything the command prints and writes. Lists have an entry a rank."""
+    """Everything the command prints and writes. Lists have an entry a rank. `candidates` are those that a position is set
+    against; `planner_ms` is TorchRec's own estimate of a step's lookups and exchange on the slowest rank, by which it
+    chooses (0 where it wasn't asked)."""
 
     fits: bool
     reason: str
@@ -42,14 +41,18 @@ class Report:
     lookup_bytes: List[int]
     dense_bytes: int
     activation_bytes: int
+    candidates: float
+    candidate_bytes: int
     available_bytes: int
     traffic_bytes: List[int]
+    candidate_traffic_bytes: int
     dense_traffic_bytes: int
+    planner_ms: float
     shards: List[Shard]
 
     @property
     def memory_bytes(self) -> List[int]:
-        fixed = self.dense_bytes + self.activation_bytes
+        fixed = self.dense_bytes + self.activation_bytes + self.candidate_bytes
         return [sum(parts) + fixed for parts in zip(self.table_bytes, self.optimizer_bytes, self.lookup_bytes)]
 
     def to_json(self) -> str:
@@ -74,47 +77,54 @@ def parse_size(text: str, key: str) -> int:
 
 def report(config: Config, machine: Machine, items: int, events: float) -> Report:
     """Plans the run of a config on a machine, for a catalogue of `items` and users of `events` mean events."""
-    choice = choose_table(config, items, machine.memory)
+    choice = planning.choose(config, machine, items, events)
     model = build_model(config, items, 1.0, "cpu", on_meta=True)
-    per_user = planning.ids_per_user(config, items, events)
-    shards, reason = [], ""
+    shards, reason, planner_ms = [], "", 0.0
     if choice.is_sharded:
         planning.apply_table_optimizer(model.embeddings, choice, config)
-        plan, reason = _plan(model, config, choice, machine, items, events)
+        plan, planner_ms, reason = _plan(model, config, choice, machine, items, events)
         shards, sharding = planned_shards(plan)
     else:
         sharding = "replicated"
         shards = replicated_shards(items, config.model.embedding_dim, machine.world_size)
-    dense = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("embeddings"))
-    made = _report(config, machine, items, choice, sharding, shards, per_user, dense)
+    made = _report(config, machine, items, events, choice, sharding, shards, planning.dense_bytes(model))
     if not reason and max(made.memory_bytes) > made.available_bytes:
         reason = f"a rank needs {max(made.memory_bytes) / GIB:,.1f} GiB and has {made.available_bytes / GIB:,.1f}"
-    return dataclasses.replace(made, fits=not reason, reason=reason)
+    return dataclasses.replace(made, fits=not reason, reason=reason, planner_ms=planner_ms)
 
 
 def _plan(
     model: Any, config: Config, choice: TableChoice, machine: Machine, items: int, events: float
-) -> Tuple[ShardingPlan, str]:
-    """The plan, and why it doesn't fit (then it is the plan for ranks of as much memory as it takes)."""
+) -> Tuple[ShardingPlan, float, str]:
+    """The plan, TorchRec's estimate of its time, and why it doesn't fit (then it is the plan for ranks of as much memory
+    as it takes)."""
+    reason = ""
     try:
-        return planning.plan_table(model, config, choice, machine, items, events)[0], ""
+        plan, options = planning.plan_table(model, config, choice, machine, items, events)
     except UserError as error:
+        reason = str(error)
         endless = dataclasses.replace(machine, hbm=machine.hbm and 1 << 56, ddr=1 << 56)
-        return planning.plan_table(model, config, choice, endless, items, events)[0], str(error)
+        plan, options = planning.plan_table(model, config, choice, endless, items, events)
+    time_by_rank: Dict[int, float] = {}
+    for shard in (shard for option in options for shard in option.shards):
+        time_by_rank[shard.rank] = time_by_rank.get(shard.rank, 0.0) + shard.perf.total
+    return plan, max(time_by_rank.values(), default=0.0), reason
 
 
 def _report(
     config: Config,
     machine: Machine,
     items: int,
+    events: float,
     choice: TableChoice,
     sharding: str,
     shards: List[Shard],
-    per_user: Tuple[float, float],
-    dense: int,
+    dense_bytes: int,
 ) -> Report:
-    world, width, users = machine.world_size, config.model.embedding_dim, config.data.batch_size
-    ids = users * sum(per_user)
+    world, width = machine.world_size, config.model.embedding_dim
+    per_user = estimates.ids_per_user(config, items, events)
+    ids = config.data.batch_size * sum(per_user)
+    gradient = dense_bytes // 4  # what ranks average: as large as the parameters
     table, state, lookups = ([0] * world for _ in range(3))
     served = [0.0] * world  # bytes a rank exchanges with each other rank over its own shards
     for shard in shards:
@@ -126,11 +136,10 @@ def _report(
         # What came in for others, what goes out, and the same rows back at home with their gradient.
         lookups = [round(own * world + ids * (ID_BYTES + 2 * width * FLOAT_BYTES)) for own in served]
     else:
-        dense += items * width
+        gradient += items * width * FLOAT_BYTES
         table = [2 * bytes_ for bytes_ in table]  # the gradient is as large
         traffic = [0] * world
-    tokens = users * max(per_user[0] - 1, 1)
-    own_dense = dense - (0 if choice.is_sharded else items * width)
+    candidates = estimates.candidates(config, items, events) * (world if config.loss.cross_rank else 1)
     return Report(
         fits=True,
         reason="",
@@ -143,11 +152,15 @@ def _report(
         table_bytes=table,
         optimizer_bytes=state,
         lookup_bytes=lookups,
-        dense_bytes=4 * own_dense * FLOAT_BYTES,
-        activation_bytes=round(KEPT_WIDTHS * tokens * width * config.model.num_blocks * FLOAT_BYTES),
+        dense_bytes=dense_bytes,
+        activation_bytes=estimates.activation_bytes(config, events),
+        candidates=candidates,
+        candidate_bytes=estimates.candidate_bytes(config, items, events, world),
         available_bytes=machine.memory,
         traffic_bytes=traffic,
-        dense_traffic_bytes=round(2 * 2 * (world - 1) / world * dense * FLOAT_BYTES),
+        candidate_traffic_bytes=estimates.candidate_traffic_bytes(config, items, events, world),
+        dense_traffic_bytes=round(2 * 2 * (world - 1) / world * gradient),
+        planner_ms=0.0,
         shards=[] if sharding == "replicated" else shards,
     )
 
@@ -164,7 +177,8 @@ def show(made: Report) -> None:
         f"{made.items:,} items x {made.width}, {made.sharding}, {made.optimizer}; {machine.world_size} ranks, "
         f"{machine.local_world_size} a host, {made.available_bytes / GIB:,.1f} GiB each ({machine.device_type})"
     )
-    print("ids a user looks up: " + ", ".join(f"{name} {value:,.1f}" for name, value in made.ids_per_user.items()))
+    ids = ", ".join(f"{name} {value:,.1f}" for name, value in made.ids_per_user.items())
+    print(f"ids a user looks up: {ids}; candidates in the loss: {made.candidates:,.0f}")
     table = Table()
     for name in ("of a rank", "largest, GiB", "mean, GiB", "largest / mean"):
         table.add_column(name, justify="left" if name == "of a rank" else "right")
@@ -175,12 +189,16 @@ def show(made: Report) -> None:
         "lookups in flight": made.lookup_bytes,
         "tower, its gradient and AdamW": [made.dense_bytes] * ranks,
         "tower's activations (a guess)": [made.activation_bytes] * ranks,
+        "loss: candidates and their gradient": [made.candidate_bytes] * ranks,
         "memory in all": made.memory_bytes,
         "exchanged a step: ids, rows, gradients": made.traffic_bytes,
+        "exchanged a step: all ranks' candidates": [made.candidate_traffic_bytes] * ranks,
         "exchanged a step: dense gradients": [made.dense_traffic_bytes] * ranks,
     }
     for name, values in rows.items():
         numbers = (f"{max(values) / GIB:,.4f}", f"{sum(values) / len(values) / GIB:,.4f}", f"{imbalance(values):.2f}")
         table.add_row(name, *numbers)
     Console(width=100).print(table)
+    if made.planner_ms:
+        print(f"TorchRec's own estimate of a step's lookups and their exchange: {made.planner_ms:,.1f} ms")
     print("fits" if made.fits else f"does not fit: {made.reason}")

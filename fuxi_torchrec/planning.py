@@ -19,15 +19,17 @@ from torchrec.distributed.planner.types import PlannerError, ShardingOption
 from torchrec.distributed.types import ShardingPlan, ShardingType
 from torchrec.optim import RowWiseAdagrad
 
+from fuxi_torchrec import estimates
 from fuxi_torchrec.batch import EVENTS, NEGATIVES
 from fuxi_torchrec.config import Config
 from fuxi_torchrec.data_format import DatasetIdentity
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.model import TABLE
-from fuxi_torchrec.tables import TableChoice
+from fuxi_torchrec.tables import TableChoice, choose_table
 
 GIB = 1 << 30
-# Of a rank's memory, left to the tower, its activations, and what the allocator loses.
+BYTES_PER_MS = 10**6  # of 10^9 bytes a second
+# Of a rank's memory, left at least to the tower, its activations, the loss, and what the allocator loses.
 RESERVED_PART = 0.15
 SHARDINGS = ("row_wise", "table_wise", "column_wise")
 OPTIMIZERS = {"rowwise_adagrad": RowWiseAdagrad, "adagrad": torch.optim.Adagrad, "adam": torch.optim.Adam}
@@ -39,26 +41,33 @@ for _name in ("torchrec.distributed.planner", "torchrec.distributed.logger"):
 
 @dataclass(frozen=True)
 class Machine:
-    """What a rank has: memories in bytes (hbm 0 on a CPU), and how many ranks there are, in all and on a host."""
+    """What a rank has: memories in bytes (hbm 0 on a CPU), how many ranks there are, in all and on a host, and what a
+    rank exchanges within and between hosts, 10^9 bytes a second (None: TorchRec's defaults)."""
 
     device_type: str
     hbm: int
     ddr: int
     world_size: int
     local_world_size: int
+    intra_host_gb_s: Optional[float] = None
+    inter_host_gb_s: Optional[float] = None
 
     @property
     def memory(self) -> int:
         """Where the table lives."""
         return self.hbm if self.device_type == "cuda" else self.ddr
 
-    def topology(self) -> Topology:
+    def topology(self, reserved: int = 0) -> Topology:
+        """For the planner, `reserved` bytes of each rank kept from it."""
+        hbm, ddr = (max(self.hbm - reserved, 0), self.ddr) if self.hbm else (0, max(self.ddr - reserved, 0))
+        given = {"intra_host_bw": self.intra_host_gb_s, "inter_host_bw": self.inter_host_gb_s}
         return Topology(
             world_size=self.world_size,
             local_world_size=self.local_world_size,
             compute_device=self.device_type,
-            hbm_cap=self.hbm,
-            ddr_cap=self.ddr,
+            hbm_cap=hbm,
+            ddr_cap=ddr,
+            **{name: speed * BYTES_PER_MS for name, speed in given.items() if speed is not None},
         )
 
 
@@ -71,28 +80,16 @@ def this_machine(config: Config, device: torch.device, world_size: int) -> Machi
         hbm = int(config.table.hbm_gb * GIB)
     if config.table.ddr_gb is not None:
         ddr = int(config.table.ddr_gb * GIB)
-    return Machine(device.type, hbm, ddr, world_size, local)
-
-
-def ids_per_user(config: Config, num_items: int, events: float) -> Tuple[float, float]:
-    """Ids that an average user of a batch looks up: (events, negatives).
-
-    Args:
-        events: mean events of a user, before they are cut to the window.
-    """
-    events = min(events, config.data.max_sequence_length + 1)
-    users = config.data.batch_size
-    # In-batch negatives are events; a pool is looked up besides.
-    draws = 0.0 if config.loss.negatives == "in_batch" else float(config.loss.num_negatives + config.loss.uniform_negatives)
-    if config.loss.negatives == "per_token":
-        draws *= users * max(events - 1, 1)
-        # Each drawn id is looked up once: the expected number of different ones.
-        draws = num_items * -torch.expm1(torch.tensor(draws).double() * torch.tensor(-1 / num_items).double().log1p()).item()
-    return events, draws / users
+    return Machine(device.type, hbm, ddr, world_size, local, config.table.intra_host_gb_s, config.table.inter_host_gb_s)
 
 
 def mean_events(identity: DatasetIdentity) -> float:
     return identity.num_events / max(identity.num_users, 1)
+
+
+def choose(config: Config, machine: Machine, num_items: int, events: float) -> TableChoice:
+    """tables.choose_table with the memory that a batch leaves. Raises UserError as that does."""
+    return choose_table(config, num_items, machine.memory - batch_bytes(config, machine, num_items, events))
 
 
 def apply_table_optimizer(embeddings: nn.Module, choice: TableChoice, config: Config) -> None:
@@ -120,30 +117,56 @@ def plan_table(
     Raises:
         UserError: no plan fits into the memory.
     """
-    topology = machine.topology()
-    kinds = [choice.sharding] if choice.sharding in SHARDINGS else list(SHARDINGS)
-    types = [ShardingType[kind.upper()].value for kind in kinds]
+    reserved = reserved_bytes(model, config, machine, num_items, events)
+    topology = machine.topology(reserved)
+    types = [ShardingType[kind.upper()].value for kind in _shardings(choice)]
     width = config.model.embedding_dim
     constraints = ParameterConstraints(
         sharding_types=types,
         compute_kernels=["fused"],
         min_partition=narrowest_part(width, machine.world_size),
-        pooling_factors=list(ids_per_user(config, num_items, events)),
+        pooling_factors=list(estimates.ids_per_user(config, num_items, events)),
         feature_names=[EVENTS, NEGATIVES],
     )
     planner = EmbeddingShardingPlanner(
         topology=topology,
         batch_size=config.data.batch_size,
         constraints={TABLE: constraints},
-        storage_reservation=FixedPercentageStorageReservation(RESERVED_PART),
+        storage_reservation=FixedPercentageStorageReservation(0.0),  # it would keep back HBM only, of no CPU's memory
         stats=[],
         debug=False,
     )
     try:
         plan = planner.plan(model, [sharder(machine.device_type)])
     except PlannerError as error:
-        raise _does_not_fit(config, machine, num_items) from error
+        raise _does_not_fit(config, machine, num_items, reserved) from error
     return plan, planner._best_plan or []
+
+
+def _shardings(choice: TableChoice) -> Tuple[str, ...]:
+    """What the planner may choose among. Row-wise Adagrad trains every part of a row by itself: to cut columns would make
+    a run depend on the number of ranks, and its state unfit for another, so only who asks for it by name gets it."""
+    if choice.sharding in SHARDINGS:
+        return (choice.sharding,)
+    return tuple(kind for kind in SHARDINGS if (kind, choice.optimizer) != ("column_wise", "rowwise_adagrad"))
+
+
+def reserved_bytes(model: nn.Module, config: Config, machine: Machine, num_items: int, events: float) -> int:
+    """Memory of a rank that no table may take: what the tower and its loss need, and RESERVED_PART at least."""
+    return max(round(RESERVED_PART * machine.memory), dense_bytes(model) + batch_bytes(config, machine, num_items, events))
+
+
+def batch_bytes(config: Config, machine: Machine, num_items: int, events: float) -> int:
+    """Memory that a rank's batch takes whatever becomes of the table: activations, and the candidates of the loss, which
+    are those of all ranks with loss.cross_rank."""
+    candidates = estimates.candidate_bytes(config, num_items, events, machine.world_size)
+    return estimates.activation_bytes(config, events) + candidates
+
+
+def dense_bytes(model: nn.Module) -> int:
+    """The tower's parameters, their gradient, and AdamW's two moments."""
+    own = (p.numel() for name, p in model.named_parameters() if not name.startswith("embeddings"))
+    return 4 * sum(own) * estimates.FLOAT_BYTES
 
 
 def narrowest_part(width: int, world_size: int) -> Optional[int]:
@@ -152,10 +175,11 @@ def narrowest_part(width: int, world_size: int) -> Optional[int]:
     return next((part for part in range(4, width + 1, 4) if width % part == 0 and part * world_size >= width), None)
 
 
-def _does_not_fit(config: Config, machine: Machine, num_items: int) -> UserError:
+def _does_not_fit(config: Config, machine: Machine, num_items: int, reserved: int) -> UserError:
     table = num_items * config.model.embedding_dim * 4 / GIB
     return UserError(
         f"table.sharding: {config.table.sharding} finds no plan for {num_items:,} items x {config.model.embedding_dim} "
-        f"({table:,.1f} GiB with fp32 rows) on {machine.world_size} ranks of {machine.memory / GIB:,.1f} GiB, "
-        f"{RESERVED_PART:.0%} of it reserved; take row_wise, more ranks or a narrower table (fuxi-torchrec plan tells)"
+        f"({table:,.1f} GiB with fp32 rows) on {machine.world_size} ranks of {machine.memory / GIB:,.1f} GiB, of which "
+        f"{reserved / GIB:,.1f} are kept for tower, activations and loss; take row_wise, more ranks, a narrower table or a "
+        "smaller batch (fuxi-torchrec plan tells)"
     )

@@ -28,9 +28,9 @@ from fuxi_torchrec import planning
 from fuxi_torchrec.config import Config, OptimizerConfig
 from fuxi_torchrec.config_check import check_table
 from fuxi_torchrec.data_format import DatasetIdentity
-from fuxi_torchrec.errors import UserError
+from fuxi_torchrec.errors import LostProcess, UserError
 from fuxi_torchrec.model import TABLE, SequenceRecommender, build_model
-from fuxi_torchrec.tables import TableChoice, choose_table, init_rows
+from fuxi_torchrec.tables import TableChoice, init_rows
 from fuxi_torchrec.versions import fbgemm_has_cuda
 
 T = TypeVar("T")
@@ -86,7 +86,7 @@ def start_world(device: str = "auto", timeout_minutes: float = 30.0) -> Iterator
 
     nccl on CUDA, gloo elsewhere. A collective that waits longer than timeout_minutes fails.
 
-    Raises UserError where CUDA is asked for and absent.
+    Raises UserError where CUDA is asked for and absent, LostProcess where the others do not come.
     """
     use_cuda = device_type(device) == "cuda"
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -96,7 +96,14 @@ def start_world(device: str = "auto", timeout_minutes: float = 30.0) -> Iterator
         torch.cuda.set_device(place)
     backend = "nccl" if use_cuda else "gloo"
     if size > 1:
-        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+        try:
+            dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+        except dist.DistError as error:
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise LostProcess(
+                f"rank {rank} of {size}: the processes did not meet at {where} within {timeout_minutes:g} minutes "
+                f"({str(error).splitlines()[0][:200]}); start every rank, or raise trainer.timeout_minutes"
+            ) from error
     else:
         # An in-process store: a single process needs no port, which another job could hold.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -117,13 +124,13 @@ def build_distributed(
     machine = planning.this_machine(config, world.device, world.size)
     # Ranks whose hosts differ by a little memory must not decide differently.
     machine = world.from_main(machine)
-    num_items = identity.num_items
-    choice = choose_table(config, num_items, machine.memory)
+    num_items, events = identity.num_items, planning.mean_events(identity)
+    choice = planning.choose(config, machine, num_items, events)
     model = build_model(config, num_items, identity.time_unit, world.device, on_meta=choice.is_sharded)
     if not choice.is_sharded:
         return distribute(model, world, ShardingPlan({})), choice
     planning.apply_table_optimizer(model.embeddings, choice, config)
-    plan, _ = planning.plan_table(model, config, choice, machine, num_items, planning.mean_events(identity))
+    plan, _ = planning.plan_table(model, config, choice, machine, num_items, events)
     model = distribute(model, world, plan)
     for row, column, part in local_parts(model):
         init_rows(part, config.trainer.seed, config.model.embedding_dim, row, column)
@@ -141,6 +148,8 @@ def distribute(model: SequenceRecommender, world: World, plan: ShardingPlan) -> 
             device=world.device,
             plan=plan,
             sharders=[planning.sharder(world.device.type)] if plan.plan else [],
+            # DDP copies every gradient into its buckets, also where there is nobody to average with.
+            init_data_parallel=world.size > 1,
         )
 
 

@@ -4,14 +4,14 @@ checkpoint."""
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import List, Tuple
+from typing import Any, Dict, List, Tuple
 
 from torchrec.distributed.types import ShardingPlan
 
+from fuxi_torchrec.estimates import FLOAT_BYTES
 from fuxi_torchrec.model import TABLE
 from fuxi_torchrec.tables import TableChoice
 
-FLOAT_BYTES = 4
 PLAN_FILE = "sharding_plan.json"
 
 
@@ -78,3 +78,12 @@ def plan_record(plan: ShardingPlan, choice: TableChoice, num_items: int, width: 
         "shards": [{**dataclasses.asdict(shard), **size} for shard, size in zip(shards, sizes)],
     }
     return json.dumps({"world_size": world_size, "tables": {TABLE: table}}, indent=1) + "\n"
+
+
+def trained_by(plan: ShardingPlan, choice: TableChoice) -> Dict[str, Any]:
+    """What must be the same for a checkpoint's optimizer state to be taken over, by the name a user knows it by. Where it
+    lies doesn't matter, but row-wise Adagrad keeps a number for every part that a row is cut into."""
+    parts = 1
+    if choice.optimizer == "rowwise_adagrad":
+        parts = len({shard.column for shard in planned_shards(plan)[0]})
+    return {"table.optimizer": choice.optimizer, "the number of parts that columns are cut into": parts}

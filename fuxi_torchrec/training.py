@@ -29,7 +29,7 @@ from fuxi_torchrec.pipelines import build_pipeline
 from fuxi_torchrec.progress import Progression, Rate
 from fuxi_torchrec.run_folder import RunFolder
 from fuxi_torchrec.sharding import World, build_distributed, build_optimizer, prepare_step
-from fuxi_torchrec.shards import PLAN_FILE, plan_record
+from fuxi_torchrec.shards import PLAN_FILE, plan_record, trained_by
 
 
 class Trainer:
@@ -49,12 +49,13 @@ class Trainer:
         torch.manual_seed(seed)
         self.model, self.table = build_distributed(config, dataset.identity, world)
         self.optimizer = build_optimizer(self.model, config.optimizer, self.table.rate_ratio)
-        self.pipeline = build_pipeline(config, self.model, world.device, self.table.is_sharded)
+        self.pipeline = build_pipeline(config, self.model, world.device)
         frequency_V = training_frequency(config.loss, dataset)
         sampler = NegativeSampler(config.loss, num_items, seed, world.rank, frequency_V)
         self.stream = TrainingStream(dataset, config.data, sampler, seed, world.rank, world.size)
-        plan = plan_record(self.model.plan, self.table, num_items, config.model.embedding_dim, world.size)
-        self.checkpoints = Checkpoints(run.checkpoints, config, num_items, world, beside={PLAN_FILE: plan})
+        plan, table = self.model.plan, self.table
+        beside = {PLAN_FILE: plan_record(plan, table, num_items, config.model.embedding_dim, world.size)}
+        self.checkpoints = Checkpoints(run.checkpoints, config, num_items, world, beside, trained_by(plan, table))
         self.position = Position()
         self.users_seen = 0  # of the current epoch, over all ranks
         self.best_value: Optional[float] = None

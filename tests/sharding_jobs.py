@@ -14,7 +14,7 @@ from fuxi_torchrec.config_check import check
 from fuxi_torchrec.dataset import SequenceDataset, concatenate, windows
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.evaluation import evaluate
-from fuxi_torchrec.negatives import Negatives
+from fuxi_torchrec.negatives import Negatives, NegativeSampler, training_frequency
 from fuxi_torchrec.ops.ranking import Seen
 from fuxi_torchrec.ops.sampled_softmax import l2_normalize
 from fuxi_torchrec.run_folder import RunFolder
@@ -55,6 +55,26 @@ class DrawnPerUser:
         return Negatives(torch.arange(self.num_items), torch.from_numpy(drawn_TK), torch.from_numpy(positive_ids_T))
 
 
+class CutPool(NegativeSampler):
+    """The run's own sampler, its pool put together from PIECES draws that are the same at any world size."""
+
+    PIECES = 12
+
+    def __init__(self, config, dataset, world):
+        super().__init__(config.loss, dataset.identity.num_items, 3, 0, training_frequency(config.loss, dataset))
+        assert config.loss.num_negatives == self.PIECES // world.size
+        self.pieces = range(world.rank, self.PIECES, world.size)
+
+    def sample(self, positive_ids_T, step):
+        negatives = super().sample(positive_ids_T, step)
+        if self.config.negatives != "in_batch":
+            pool = [self.distribution.draw(np.random.default_rng([step, piece]), 1, np.int64) for piece in self.pieces]
+            negatives.ids_U = torch.from_numpy(np.concatenate(pool))
+        if self.config.log_q:
+            self._weigh(negatives, positive_ids_T)
+        return negatives
+
+
 def loss_curve(world, config, output, steps, order=0):
     """Losses of `steps` steps on the same global batches at any world size; `order` permutes the users inside them."""
     dataset = SequenceDataset(config.data.path)
@@ -63,6 +83,8 @@ def loss_curve(world, config, output, steps, order=0):
     rows = concatenate([dataset.read(group) for group in dataset.row_groups])
     users = windows(rows, config.data, "train")
     sampler = DrawnPerUser(dataset.identity.num_items, config.loss.num_negatives)
+    if config.loss.negatives != "per_token":
+        sampler = CutPool(config, dataset, world)
     losses = []
     for step in range(1, steps + 1):
         chosen = np.random.default_rng([step]).permutation(len(users.user_ids_U))[:GLOBAL_BATCH]
@@ -135,6 +157,19 @@ def first_move(world, config, output):
     trainer._step(trainer.pipeline.take(trainer.stream.epoch(trainer.position)), False)
     trainer.progression.close()
     return max(float((part - old).abs().max()) for (_, _, part), old in zip(local_parts(trainer.model), before))
+
+
+def exchanged_ahead(world, config, output):
+    """How many lookups of the next batch are on their way once a batch's forward pass is done."""
+    dataset = SequenceDataset(config.data.path)
+    run = RunFolder.create(output, config, dataset.identity, False) if world.is_main else RunFolder(output)
+    trainer = Trainer(config, dataset, run, world)
+    batches = trainer._in_step(trainer.stream.epoch(trainer.position))
+    trainer.pipeline.forward(trainer.pipeline.take(batches))
+    ahead = len(trainer.pipeline.contexts[1].input_dist_tensors_requests)
+    trainer.pipeline.drop()
+    trainer.progression.close()
+    return ahead
 
 
 def held_and_saved(world, config, output):

@@ -13,6 +13,7 @@ from fuxi_torchrec.batch import collate
 from fuxi_torchrec.config import Config, LossConfig
 from fuxi_torchrec.config_check import check
 from fuxi_torchrec.dataset import UserRows, Windows
+from fuxi_torchrec.estimates import candidate_traffic_bytes
 from fuxi_torchrec.model import build_model
 from fuxi_torchrec.negatives import NegativeSampler
 from fuxi_torchrec.sharding import World
@@ -90,15 +91,30 @@ def step_of(config, batch, world):
     return total / positions, {name: p.grad for name, p in model.named_parameters()}
 
 
+class Sent:
+    """Counts what the collectives of a candidates' exchange send and receive on this rank."""
+
+    def __init__(self):
+        self.bytes, gather, scatter = 0, dist.all_gather_into_tensor, dist.reduce_scatter_tensor
+        dist.all_gather_into_tensor = lambda out, mine: self.count(out.nbytes, lambda: gather(out, mine))
+        dist.reduce_scatter_tensor = lambda mine, of_all: self.count(of_all.nbytes, lambda: scatter(mine, of_all))
+
+    def count(self, nbytes, collective):
+        self.bytes += nbytes  # of both ranks: one half goes out, the other comes in
+        return collective()
+
+
 def work(rank, port_file, results):
     torch.set_num_threads(1)
+    sent = Sent()
     dist.init_process_group("gloo", init_method=f"file://{port_file}", rank=rank, world_size=2)
     world, done = World(rank, 2, torch.device("cpu")), {}
     for case in CASES:
         for split in SPLITS:
             config = config_of(case)
             sampler = NegativeSampler(config.loss, V, 3, rank, FREQUENCY_V)
-            done[case, split] = step_of(config, batch_of(parts_of(split)[rank], sampler), world)
+            sent.bytes = 0
+            done[case, split] = *step_of(config, batch_of(parts_of(split)[rank], sampler), world), sent.bytes
     if rank == 0:
         torch.save(done, results)
     dist.destroy_process_group()
@@ -124,11 +140,17 @@ def test_two_ranks_give_the_loss_and_gradients_of_one_process_on_the_union(two_p
     config = config_of(case)
     batch = batch_of(slice(None), UnionSampler(config.loss))
     expected, gradients = step_of(config, batch, alone)
-    loss, found = two_processes[case, split]
+    loss, found, _ = two_processes[case, split]
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     assert found.keys() == gradients.keys()
     for name, gradient in gradients.items():
         assert (found[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9, name
+
+
+@pytest.mark.parametrize("case", ["shared", "shared, logQ"])
+def test_what_the_exchange_moves_is_what_is_planned(two_processes, case):
+    config = config_of(case)
+    assert two_processes[case, SPLITS[0]][2] == candidate_traffic_bytes(config, V, events=6.0, world_size=2)
 
 
 def test_other_ranks_negatives_do_change_the_loss(two_processes):

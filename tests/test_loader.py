@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 import torch
 
+from data_pipelines.events import prepare_events
 from fuxi_torchrec.batch import EVENTS, NEGATIVES
 from fuxi_torchrec.config import DataConfig, LossConfig
 from fuxi_torchrec.dataset import SequenceDataset, windows
+from fuxi_torchrec.dealing import even_order
 from fuxi_torchrec.loader import Position, TrainingStream, evaluation_batches, positions_after, prefetch
 from fuxi_torchrec.negatives import NegativeSampler
+from tests.conftest import write_events
 
 
 def stream(folder, rank=0, world_size=1, negatives="per_token", **config):
@@ -20,6 +23,15 @@ def stream(folder, rank=0, world_size=1, negatives="per_token", **config):
     loss = LossConfig(negatives=negatives, num_negatives=5)
     sampler = NegativeSampler(loss, dataset.identity.num_items, seed=3, rank=rank)
     return TrainingStream(dataset, config, sampler, 3, rank, world_size)
+
+
+@pytest.fixture(scope="module")
+def uneven_dataset(tmp_path_factory):
+    """4,000 users of 2 … 40 events."""
+    folder = tmp_path_factory.mktemp("uneven")
+    write_events(folder / "log.csv", 4000, seed=1)
+    prepare_events([str(folder / "log.csv")], "user", "item", "time", str(folder / "data"))
+    return str(folder / "data")
 
 
 def contents(batch):
@@ -58,7 +70,7 @@ def test_a_position_resumes_the_stream_exactly(small_dataset):
 @pytest.mark.parametrize("shuffle_buffer", [30, 65536])
 @pytest.mark.parametrize("worlds", [[2, 1], [2, 4], [4, 3, 5, 1]])
 def test_an_epoch_that_moves_between_world_sizes_sees_every_user_once(small_dataset, worlds, shuffle_buffer):
-    """Each world but the last stops in the midst of its work, its ranks at different places."""
+    """Each world but the last stops in the midst of its work; ranks with buffers of their own at different places."""
     expected = Counter()
     for group in SequenceDataset(small_dataset).row_groups:
         expected.update(windows(SequenceDataset(small_dataset).read(group), DataConfig(), "train").user_ids_U.tolist())
@@ -69,7 +81,8 @@ def test_an_epoch_that_moves_between_world_sizes_sees_every_user_once(small_data
             this = stream(small_dataset, rank, world_size, shuffle_buffer=shuffle_buffer)
             position, this.deals = positions_after(state, rank, world_size) if state else (Position(), [])
             batches = this.epoch(position)
-            for batch in batches if number == len(worlds) - 1 else itertools.islice(batches, 2 + rank):
+            done = 2 + rank if shuffle_buffer == 30 else 2
+            for batch in batches if number == len(worlds) - 1 else itertools.islice(batches, done):
                 seen.update(batch.user_ids_B.tolist())
                 position = batch.position
             after.append(position.to_dict())
@@ -77,12 +90,56 @@ def test_an_epoch_that_moves_between_world_sizes_sees_every_user_once(small_data
     assert seen == expected and set(seen.values()) == {1}
 
 
-def test_row_groups_are_dealt_evenly(small_dataset):
-    users = [
-        sum(len(batch.user_ids_B) for batch in stream(small_dataset, rank, 4).epoch(Position())) for rank in range(4)
-    ]
-    largest = max(group.num_rows for group in SequenceDataset(small_dataset).row_groups)
-    assert max(users) - min(users) <= largest
+def tokens(folder, world_size, **config):
+    """Positions [steps, ranks] of an epoch; 0 where a rank has no batch left."""
+    ranks = []
+    for rank in range(world_size):
+        ranks.append([b.num_positions for b in stream(folder, rank, world_size, **config).epoch(Position())])
+    return np.array(list(itertools.zip_longest(*ranks, fillvalue=0)))
+
+
+@pytest.mark.parametrize("tokens_per_batch", [None, 400])
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_ranks_get_the_same_work_in_every_step(uneven_dataset, world_size, tokens_per_batch):
+    """Within a shuffle buffer, where users are dealt one by one."""
+    config = {"shuffle_buffer": 65536, "batch_size": 32, "tokens_per_batch": tokens_per_batch}
+    steps = tokens(uneven_dataset, world_size, **config)
+    assert (steps.max(1) / steps.mean(1))[:-1].max() < 1.03
+    assert steps.max(1).sum() / steps.mean(1).sum() < 1.01
+
+
+def test_ranks_that_read_their_own_row_groups_get_nearly_the_same_work(uneven_dataset):
+    for world_size in (2, 4, 8):
+        steps = tokens(uneven_dataset, world_size, shuffle_buffer=1000, batch_size=32)
+        assert (steps > 0).all()
+        assert steps.max(1).sum() / steps.mean(1).sum() < 1.04  # drawn at random: 1.06, 1.12, 1.17
+
+
+def test_any_run_of_an_even_order_has_about_the_mean_length():
+    lengths = np.random.default_rng(0).geometric(0.02, 5000).clip(max=200)
+    order = even_order(lengths, np.random.default_rng(1))
+    assert sorted(order) == list(range(5000))
+    for size, bound in ((128, 0.02), (100, 0.05)):
+        sums = lengths[order][: 5000 // size * size].reshape(-1, size).sum(1)
+        assert abs(sums / sums.mean() - 1).max() < bound
+    assert not np.array_equal(order, even_order(lengths, np.random.default_rng(2)))
+
+
+def test_global_batches_are_the_same_at_any_world_size(small_dataset):
+    def batches(world_size):
+        config = {"shuffle_buffer": 65536, "batch_size": 32 // world_size}
+        ranks = [stream(small_dataset, rank, world_size, **config).epoch(Position()) for rank in range(world_size)]
+        return [sorted(itertools.chain.from_iterable(b.user_ids_B.tolist() for b in step)) for step in zip(*ranks)]
+
+    assert batches(1) == batches(2) == batches(4)
+
+
+@pytest.mark.parametrize("world_size", [3, 7, 40])
+def test_users_are_dealt_evenly_whatever_the_number_of_row_groups(small_dataset, world_size):
+    users = []
+    for rank in range(world_size):
+        users.append(sum(len(batch.user_ids_B) for batch in stream(small_dataset, rank, world_size).epoch(Position())))
+    assert max(users) - min(users) <= 2  # one of them is not trainable
 
 
 def test_a_batch_holds_inputs_and_targets_one_behind(small_dataset):

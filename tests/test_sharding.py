@@ -2,18 +2,25 @@
 
 import json
 import os
+import re
 import time
+from collections import Counter
+from dataclasses import replace
 
 import pytest
+import resharding_jobs as reshards
 import sharding_jobs as jobs
 import torch
 from sharding_jobs import tiny
 from workers import worker_processes
 
 from fuxi_torchrec.cli import main
-from fuxi_torchrec.config import Config
+from fuxi_torchrec.config import Config, LossConfig
 from fuxi_torchrec.config_check import check, check_table
 from fuxi_torchrec.errors import UserError
+from fuxi_torchrec.plan_report import report
+from fuxi_torchrec.planning import Machine
+from fuxi_torchrec.run_folder import RunFolder
 from fuxi_torchrec.tables import choose_table, init_rows
 
 STEPS = 50
@@ -41,11 +48,36 @@ def test_one_two_and_four_processes_give_the_same_loss_curve(run, small_dataset,
         assert (curve(world_size) - base).abs().max() <= 3 * spread
 
 
-def test_exchanging_ids_ahead_changes_no_loss_and_resumes_exactly(run, small_dataset, tmp_path):
+@pytest.mark.parametrize(
+    "loss",
+    [
+        LossConfig(negatives="shared", sampling_alpha=0.5, log_q=True),
+        LossConfig(negatives="in_batch", log_q=True, mask_history=True),
+        LossConfig(negatives="mixed", log_q=True),
+    ],
+    ids=lambda loss: loss.negatives,
+)
+def test_negatives_across_ranks_and_a_table_cut_by_rows_change_no_loss(run, small_dataset, tmp_path, loss):
+    """The pools and in-batch items of all ranks are those of one process that has the whole batch."""
+
+    def curve(world_size):
+        config = tiny(small_dataset, "row_wise")
+        config.loss = replace(loss, cross_rank=True, num_negatives=jobs.CutPool.PIECES // world_size)
+        check(config)
+        return run(jobs.loss_curve, world_size, config, str(tmp_path / str(world_size)), 12)[0]
+
+    base = curve(1)
+    assert base[-1] < base[0] - 0.5  # it learns
+    for world_size in (2, 3):
+        assert curve(world_size) == pytest.approx(base, rel=1e-5)  # float32 noise, a little larger at each step
+
+
+@pytest.mark.parametrize("sharding", ["row_wise", "replicated"])
+def test_exchanging_ids_ahead_changes_no_loss_and_resumes_exactly(run, small_dataset, tmp_path, sharding):
     """Uneven ranks, evaluations in the middle of an epoch, and a run cut off at step 7."""
 
     def config(pipeline, **trainer):
-        config = tiny(small_dataset, "row_wise", train_pipeline=pipeline, max_epochs=2, log_every_steps=1, **trainer)
+        config = tiny(small_dataset, sharding, train_pipeline=pipeline, max_epochs=2, log_every_steps=1, **trainer)
         config.data.batch_size, config.evaluation.every_steps = 10, 3
         return config
 
@@ -53,6 +85,11 @@ def test_exchanging_ids_ahead_changes_no_loss_and_resumes_exactly(run, small_dat
     assert run(jobs.trained, 2, config("sparse_dist"), str(tmp_path / "ahead"))[0] == base
     run(jobs.trained, 2, config("sparse_dist", max_steps=7), str(tmp_path / "cut"))
     assert run(jobs.trained, 2, config("sparse_dist"), str(tmp_path / "cut"), True)[0] == base
+
+
+def test_the_next_batchs_ids_are_on_their_way_before_backward(run, small_dataset, tmp_path):
+    config = tiny(small_dataset, "row_wise", train_pipeline="sparse_dist")
+    assert run(jobs.exchanged_ahead, 2, config, str(tmp_path / "run")) == [1, 1]
 
 
 def test_the_schedule_reaches_a_sharded_table_in_the_step_it_belongs_to(run, small_dataset, tmp_path):
@@ -96,6 +133,65 @@ def test_a_score_that_is_not_finite_is_the_same_error_on_every_rank(run, small_d
     assert "non-finite score for user" in messages[0]
 
 
+CHAINS = {
+    "rowwise_adagrad": [(2, "row_wise"), (2, "table_wise"), (2, "row_wise"), (1, "table_wise"), (2, "row_wise")]
+    + [(1, "row_wise"), (4, "row_wise"), (2, "table_wise")],
+    "adagrad": [(2, "column_wise"), (1, "row_wise"), (3, "column_wise"), (2, "table_wise")],
+    "adamw": [(2, "replicated"), (1, "replicated"), (4, "replicated")],
+}
+
+
+@pytest.mark.parametrize("optimizer", CHAINS)
+def test_a_run_goes_on_with_the_same_bits_in_other_shardings_and_worlds(run, small_dataset, tmp_path, optimizer):
+    """Stretches of three steps. Weights and optimizer states are those of the stretch before, the evaluation is the same,
+    no user is seen twice in an epoch, and losses are those of a run that was never cut as long as batches are."""
+
+    def config(sharding, steps):
+        config = tiny(small_dataset, sharding, optimizer, max_steps=steps, log_every_steps=1)
+        config.data.shuffle_buffer = 30
+        return config
+
+    chain, output, before, seen = CHAINS[optimizer], str(tmp_path / "run"), None, Counter()
+    for number, (world_size, sharding) in enumerate(chain):
+        ranks = run(reshards.stretch, world_size, config(sharding, 3 * number + 3), output, number > 0)
+        (begin, metrics), (end, last_metrics) = [
+            (reshards.whole([held for held, _ in states]), states[0][1]) for states in list(zip(*ranks))[:2]
+        ]
+        if before:
+            assert begin.keys() == before[0].keys()
+            assert all(torch.equal(begin[name], before[0][name]) for name in begin)
+            assert metrics == pytest.approx(before[1], rel=1e-6)
+        before = (end, last_metrics)
+        for _, _, some in ranks:
+            seen.update(some)
+    epochs = [{user for epoch, user in seen if epoch == number} for number in range(max(seen)[0])]
+    assert set(seen.values()) == {1} and all(users == epochs[0] for users in epochs) and len(epochs[0]) > 140
+    losses = [line["loss"] for line in RunFolder(output).metrics() if "loss" in line]
+    assert len(losses) == 3 * len(chain) and losses[-1] < losses[0] - 1
+    uncut = next((i for i, (world_size, _) in enumerate(chain) if world_size != chain[0][0]), len(chain)) * 3
+    run(reshards.stretch, 2, config(chain[0][1], uncut), str(tmp_path / "uncut"), False)
+    expected = [line["loss"] for line in RunFolder(str(tmp_path / "uncut")).metrics() if "loss" in line]
+    assert losses[:uncut] == pytest.approx(expected, rel=1e-6)
+
+
+def test_an_optimizer_state_that_does_not_fit_is_refused_by_its_key_and_the_model_alone_still_loads(
+    run, small_dataset, tmp_path
+):
+    output = str(tmp_path / "run")
+    ranks = run(reshards.stretch, 2, tiny(small_dataset, "column_wise", max_steps=2), output, False)
+    saved = reshards.whole([end for _, (end, _), _ in ranks])
+    for world_size, sharding, says in (
+        (2, "replicated", "step-00000002: table.optimizer was rowwise_adagrad when this was saved and is adamw now"),
+        (1, "column_wise", "step-00000002: the number of parts that columns are cut into was 2 .* and is 1 now"),
+        (2, "row_wise", "step-00000002: the number of parts that columns are cut into was 2 .* and is 1 now"),
+    ):
+        config = tiny(small_dataset, sharding)
+        for message in run(reshards.refused, world_size, config, output):
+            assert re.search(says, message)
+        model = reshards.whole(run(reshards.loaded, world_size, config, output))
+        assert all(torch.equal(value, saved[name]) for name, value in model.items())
+
+
 @pytest.mark.parametrize("sharding", ["replicated", "row_wise", "table_wise", "column_wise"])
 def test_a_checkpoint_tells_how_its_table_was_cut_and_what_each_rank_held(run, small_dataset, tmp_path, sharding):
     config = tiny(small_dataset, sharding)
@@ -122,14 +218,17 @@ def test_a_checkpoint_tells_how_its_table_was_cut_and_what_each_rank_held(run, s
     [
         (dict(sharding="row_wise", optimizer="adamw"), "table.optimizer: adamw trains only replicated.*rowwise_adagrad"),
         (dict(sharding="replicated", optimizer="rowwise_adagrad"), "table.optimizer: .*take adamw, or table.sharding"),
+        (dict(optimizer="adamw", learning_rate=0.1), "table.learning_rate: .*optimizer.learning_rate"),
+        (dict(sharding="row_wise", embedding_dim=50), "model.embedding_dim: .*multiple of 4, not 50; .*=replicated"),
+        (dict(optimizer="adagrad", embedding_dim=50), "model.embedding_dim: .*multiple of 4, not 50; .*=replicated"),
         (dict(sharding="row_wise", optimizer="adam"), "table.optimizer: .*no fused adam on a CPU; take rowwise_adagrad"),
         (dict(sharding="replicated", learning_rate=0.1), "table.learning_rate: .*optimizer.learning_rate"),
         (dict(sharding="row_wise", hbm_gb=0.0), "table.hbm_gb: 0.0 must be greater than 0"),
     ],
 )
 def test_what_cannot_train_is_refused_with_its_key_and_the_alternatives(keys, words):
-    config = Config()
-    config.trainer.device, config.model.embedding_dim = "cpu", 8
+    config, keys = Config(), dict(keys)
+    config.trainer.device, config.model.embedding_dim = "cpu", keys.pop("embedding_dim", 8)
     for key, value in keys.items():
         setattr(config.table, key, value)
     with pytest.raises(UserError, match=words):
@@ -153,6 +252,17 @@ def test_a_cluster_is_planned_without_it(tmp_path, capsys):
     assert plan["traffic_bytes"][0] == pytest.approx(2 * ids * 511 / 512 * (8 + 2 * 256 * 4), rel=1e-3)
     assert main([*words.split(), "--hbm", "1GB"]) == 1
     assert "does not fit: table.sharding: auto finds no plan" in capsys.readouterr().out
+
+
+def test_auto_cuts_columns_only_where_that_changes_no_result():
+    """A wide table on few ranks is what the planner likes to cut by columns."""
+
+    def sharding(optimizer):
+        config = Config()
+        config.model.embedding_dim, config.table.optimizer = 256, optimizer
+        return report(config, Machine("cpu", 0, 128 << 30, 2, 2), items=10**7, events=100.0).sharding
+
+    assert sharding("rowwise_adagrad") == "row_wise" and sharding("adagrad") == "column_wise"
 
 
 def test_auto_replicates_a_small_table_and_what_adamw_shall_train():

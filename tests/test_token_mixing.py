@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from fuxi_torchrec.ops import mixing_blocked, time_maps
+from fuxi_torchrec.ops import jagged, time_maps, token_mixing
 from fuxi_torchrec.ops.jagged import JaggedLayout, from_padded, from_slots, to_padded, to_slots
-from fuxi_torchrec.ops.time_maps import TimeGaps, gap_feature
+from fuxi_torchrec.ops.time_maps import StripGaps, TimeGaps, gap_feature
 from fuxi_torchrec.ops.token_mixing import mix_tokens
 
 PARAMETERS = {"pow": 2, "exp": 2, "log": 3, "linear": 2, "sin": 4, "mixed": 13, "zero": 0}
@@ -80,8 +80,8 @@ def test_float32_is_close_to_float64(names):
 
 def test_small_strips_groups_and_uncached_gaps_change_nothing(monkeypatch):
     expected = output_and_gradients(JAGGED, ("positional", "pow"), "blocked", torch.float64)
-    monkeypatch.setattr(mixing_blocked, "STRIP_ROWS", 7)
-    monkeypatch.setattr(time_maps, "CACHED_ENTRIES", 0)
+    monkeypatch.setattr(jagged, "STRIP_ROWS", 7)
+    monkeypatch.setattr(token_mixing, "CACHED_ENTRIES", 0)
     monkeypatch.setattr("fuxi_torchrec.ops.jagged.SLOTS_PER_GROUP", 1)
     assert_close(output_and_gradients(JAGGED, ("positional", "pow"), "blocked", torch.float64), expected, 1e-12)
 
@@ -121,7 +121,7 @@ def test_a_unix_time_does_not_lose_its_seconds():
     layout = JaggedLayout.from_lengths([2])
     t = torch.tensor([1_700_000_000, 1_700_000_001])
     gaps = TimeGaps(t, t + 1, layout)
-    strip = gaps.strip(layout.groups[0], (0, 2), "seconds", torch.float32)
+    strip = StripGaps(layout.slots, gaps.times, "seconds", torch.float32).strip(layout.groups[0], 0)
     assert strip[0].tolist() == [[1.0, 0.0], [2.0, 1.0]]
 
 

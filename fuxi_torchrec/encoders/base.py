@@ -44,6 +44,12 @@ class SequenceEncoder(nn.Module):
         """Whatever the blocks share, made once per forward."""
         raise NotImplementedError
 
+    def input_step(self, embeddings_TD: Tensor, position_T: Tensor) -> Tensor:
+        """Scaled embeddings plus the position table's rows, [T, D]."""
+        return add_positions(
+            embeddings_TD, self.position_embedding_ND, position_T, self.input_dropout, self.training
+        )
+
     def forward(
         self, embeddings_TD: Tensor, timestamps_T: Tensor, next_timestamps_T: Tensor, layout: JaggedLayout
     ) -> Tensor:
@@ -67,9 +73,7 @@ class SequenceEncoder(nn.Module):
                 f"{self.padded_length}: cut the history or train with a longer table"
             )
         assert embeddings_TD.shape == (layout.num_tokens, self.embedding_dim)
-        x_TD = add_positions(
-            embeddings_TD, self.position_embedding_ND, layout.position_T, self.input_dropout, self.training
-        )
+        x_TD = self.input_step(embeddings_TD, layout.position_T)
         context = self.batch_context(timestamps_T, next_timestamps_T, layout)
         for block in self.blocks:
             x_TD = block(x_TD, context)

@@ -9,6 +9,7 @@ from typing import List, Tuple
 import torch
 from torch import Tensor, nn
 
+from fuxi_torchrec.ops.exponential_sums import B_RANGE
 from fuxi_torchrec.ops.time_maps import NUM_BUCKETS
 
 _BOUNDS = {
@@ -37,6 +38,10 @@ class PositionalChannel(nn.Module):
         """For `ops.token_mixing.mix_tokens`."""
         return self.kind, [self.weight_N]
 
+    def suits_linear(self) -> bool:
+        """Whether `linear` token mixing keeps its tolerance for the parameters' present values."""
+        return True
+
 
 class BucketedTemporalChannel(nn.Module):
     """A[i,j] = weight[bucket(t_{i+1} - t_j)] (FuXi-α, HSTU)."""
@@ -52,6 +57,9 @@ class BucketedTemporalChannel(nn.Module):
 
     def channel(self) -> Tuple[str, List[Tensor]]:
         return self.kind, [self.weight]
+
+    def suits_linear(self) -> bool:
+        return True
 
 
 class FunctionalTemporalChannel(nn.Module):
@@ -88,3 +96,9 @@ class FunctionalTemporalChannel(nn.Module):
 
     def channel(self) -> Tuple[str, List[Tensor]]:
         return self.kind, list(self.parameters())
+
+    def suits_linear(self) -> bool:
+        """Only `pow` is approximated; reads b from the device."""
+        if self.kind != "pow" or self.b.is_meta:
+            return True
+        return B_RANGE[0] <= self.b.item() <= B_RANGE[1]

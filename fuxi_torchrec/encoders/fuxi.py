@@ -6,25 +6,26 @@ Shapes: T tokens, D embedding, H heads, d value and q query/key size per head, C
 """
 
 from dataclasses import dataclass
-from typing import Optional, Sequence, Tuple
+from typing import List, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fuxi_torchrec.config import ModelConfig
+from fuxi_torchrec.config import CHANNEL_PRESETS, ModelConfig
+from fuxi_torchrec.encoders import streaming
 from fuxi_torchrec.encoders.base import SequenceEncoder, reset_linear_bias
 from fuxi_torchrec.encoders.channels import BucketedTemporalChannel, FunctionalTemporalChannel, PositionalChannel
+from fuxi_torchrec.encoders.streaming import StreamingState
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.ops.fused import gated_rms_norm, rms_norm, silu_split, swiglu
 from fuxi_torchrec.ops.jagged import JaggedLayout
 from fuxi_torchrec.ops.pointwise_attention import silu_attention
-from fuxi_torchrec.ops.time_maps import TimeGaps
-from fuxi_torchrec.ops.token_mixing import mix_tokens
+from fuxi_torchrec.ops.time_maps import Channel, TimeGaps
+from fuxi_torchrec.ops.token_mixing import mix_tokens, prepare
 
 CHANNEL_ORDER = ("positional", "temporal", "bucketed_temporal", "semantic")
 """The order of the channels in a block, whatever their order in the config."""
-FUXI_ALPHA_CHANNELS = ("positional", "bucketed_temporal", "semantic")
 
 
 @dataclass
@@ -50,6 +51,7 @@ class FuXiBlock(nn.Module):
 
     def __init__(self, config: ModelConfig, channels: Sequence[str], padded_length: int) -> None:
         super().__init__()
+        self.asked_mixing = self.token_mixing = config.token_mixing
         D, H, d, q = config.embedding_dim, config.num_heads, config.value_dim, config.qk_dim
         self.num_heads, self.value_dim, self.qk_dim = H, d, q
         self.dropout = config.dropout
@@ -79,22 +81,38 @@ class FuXiBlock(nn.Module):
             mixer.reset_parameters()
 
     def forward(self, x_TD: Tensor, context: FuXiContext) -> Tensor:
-        H, d = self.num_heads, self.value_dim
+        u, v_TE, queries_keys = self.project(x_TD)
+        return self.finish(x_TD, u, self.mix(v_TE, queries_keys, context))
+
+    def project(self, x_TD: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+        """Gates [T, C * H * d], values [T, H * d], and queries beside keys [T, 2 * H * q]."""
+        values = self.num_heads * self.value_dim
         z_TW = rms_norm(x_TD) @ self.input_weight
-        sizes = (self.mixed_width, H * d, z_TW.shape[1] - self.mixed_width - H * d)
-        u, v, queries_keys = silu_split(z_TW, sizes)
-        y = self._mix(v.unflatten(1, (H, d)), queries_keys, context)
+        return silu_split(z_TW, (self.mixed_width, values, z_TW.shape[1] - self.mixed_width - values))
+
+    def finish(self, x_TD: Tensor, u: Tensor, y: Tensor) -> Tensor:
+        """The block's output from its input, the gates and what the channels mixed, [T, C * H * d] each."""
         mixed = gated_rms_norm(u, y, self.dropout, self.training)
         h_TD = F.linear(mixed, self.output_weight, self.output_bias) + x_TD
         g_TD = rms_norm(h_TD, self.dropout, self.training)
         return F.linear(swiglu(F.linear(g_TD, self.ffn_in_weight)), self.ffn_out_weight) + h_TD
 
-    def _mix(self, v_THd: Tensor, queries_keys: Tensor, context: FuXiContext) -> Tensor:
+    def mixing_channels(self) -> List[Channel]:
+        """The channels without queries and keys, for `mix_tokens`."""
+        return [mixer.channel() for mixer in self.mixers.values()]
+
+    def check_mixing(self) -> None:
+        """Looks whether `linear` token mixing is good for the temporal channel's parameters as they are."""
+        within = all(mixer.suits_linear() for mixer in self.mixers.values())
+        if self.asked_mixing in ("auto", "linear"):
+            self.token_mixing = self.asked_mixing if within else "exact"
+
+    def mix(self, v_TE: Tensor, queries_keys: Tensor, context: FuXiContext) -> Tensor:
         """[T, C * H * d], per head the channels side by side."""
+        v_THd = v_TE.unflatten(1, (self.num_heads, self.value_dim))
         parts = []
         if self.mixers:
-            channels = [mixer.channel() for mixer in self.mixers.values()]
-            parts.append(mix_tokens(v_THd, context.layout, channels, context.gaps))
+            parts.append(mix_tokens(v_THd, context.layout, self.mixing_channels(), context.gaps, self.token_mixing))
         if self.has_semantic:
             q_THq, k_THq = queries_keys.unflatten(1, (2, self.num_heads, self.qk_dim)).unbind(1)
             y_THd = silu_attention(q_THq, k_THq, v_THd, context.layout, scale=1 / self.padded_length)
@@ -119,13 +137,84 @@ class FuXiEncoder(SequenceEncoder):
         super().__init__(config.embedding_dim, padded_length, config.input_dropout, time_unit)
         self.channels = ordered_channels(channels)
         self.blocks.extend(FuXiBlock(config, self.channels, padded_length) for _ in range(config.num_blocks))
+        self.mixing_tolerance = config.mixing_tolerance
         self.reset_parameters()
+        self.register_load_state_dict_post_hook(lambda module, _: module.check_mixing())
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.check_mixing()
+
+    def train(self, mode: bool = True) -> "FuXiEncoder":
+        self.check_mixing()
+        return super().train(mode)
+
+    def check_mixing(self) -> None:
+        """Looks whether linear token mixing is as exact as promised for the parameters' present values; what isn't is
+        computed exactly until the next look. It reads values from the device, so a trainer calls it when it logs."""
+        for block in self.blocks:
+            block.check_mixing()
 
     def batch_context(self, timestamps_T: Tensor, next_timestamps_T: Tensor, layout: JaggedLayout) -> FuXiContext:
-        return FuXiContext(layout, TimeGaps(timestamps_T, next_timestamps_T, layout, self.time_unit))
+        gaps = TimeGaps(timestamps_T, next_timestamps_T, layout, self.time_unit, self.mixing_tolerance)
+        for block in self.blocks:
+            prepare(layout, block.mixing_channels(), gaps, block.token_mixing)
+        return FuXiContext(layout, gaps)
+
+    @property
+    def value_width(self) -> int:
+        """H * d."""
+        return self.blocks[0].num_heads * self.blocks[0].value_dim
+
+    def block_values(
+        self, embeddings_TD: Tensor, timestamps_T: Tensor, next_timestamps_T: Tensor, layout: JaggedLayout
+    ) -> Tensor:
+        """v of every block, [T, L, H * d]; arguments as of `forward`."""
+        x_TD = self.input_step(embeddings_TD, layout.position_T)
+        context, values = self.batch_context(timestamps_T, next_timestamps_T, layout), []
+        for block in self.blocks:
+            u, v_TE, queries_keys = block.project(x_TD)
+            x_TD = block.finish(x_TD, u, block.mix(v_TE, queries_keys, context))
+            values.append(v_TE)
+        return torch.stack(values, 1)
+
+    def init_state(self, batch: int) -> StreamingState:
+        """The state of `batch` users without events, for `observe` and `query`. docs/streaming.md has an example.
+
+        Raises:
+            UserError: the encoder is in training mode, or has channels without a state of fixed size (the semantic and
+                the bucketed ones; of the functions of time only pow, exp and zero have one).
+        """
+        return streaming.empty_state(self, batch)
+
+    def state_of(self, embeddings_TD: Tensor, timestamps_T: Tensor, layout: JaggedLayout) -> StreamingState:
+        """The state after whole histories, in one full pass: as if `observe` had taken their events one by one. Each
+        history has at most padded_length events; a user may have none."""
+        return streaming.state_of(self, embeddings_TD, timestamps_T, layout)
+
+    def observe(self, state: StreamingState, item_embedding: Tensor, timestamp: Tensor) -> StreamingState:
+        """Takes one event of every user of the state, in place, and returns the state.
+
+        The pending event becomes final, since its next time is known now; the new one becomes pending.
+
+        Args:
+            item_embedding: float [B, D], as `forward` takes them.
+            timestamp: int64 [B] ticks (or one for all), not before the user's newest event.
+
+        Raises:
+            StateFull: users with padded_length events; nothing has changed.
+            ValueError: wrong shapes or types, or a time before the newest event's.
+        """
+        streaming.observe(self, state, item_embedding, timestamp)
+        return state
+
+    def query(self, state: StreamingState, at: Tensor) -> Tensor:
+        """The raw output [B, D] for a request at time `at`, int64 [B] ticks (or one for all); changes nothing. It equals
+        `forward` on the events so far, with `at` as the last row's next time."""
+        return streaming.query(self, state, at)
 
 
 def build_fuxi_alpha(config: ModelConfig, padded_length: int, time_unit: float) -> FuXiEncoder:
     """FuXi-α: positional, bucketed temporal and semantic channels, unless config.channels says otherwise."""
-    channels: Optional[Sequence[str]] = config.channels
-    return FuXiEncoder(config, FUXI_ALPHA_CHANNELS if channels is None else channels, padded_length, time_unit)
+    channels = CHANNEL_PRESETS["fuxi_alpha"] if config.channels is None else config.channels
+    return FuXiEncoder(config, channels, padded_length, time_unit)

@@ -18,6 +18,7 @@ from fuxi_torchrec.ops.fused import dropout, layer_norm, silu_split
 from fuxi_torchrec.ops.jagged import JaggedLayout
 from fuxi_torchrec.ops.pointwise_attention import silu_attention
 from fuxi_torchrec.ops.time_maps import TimeGaps
+from fuxi_torchrec.ops.token_mixing import prepare
 
 EPS = 1e-6
 
@@ -77,4 +78,6 @@ class HSTUEncoder(SequenceEncoder):
         self.reset_parameters()
 
     def batch_context(self, timestamps_T: Tensor, next_timestamps_T: Tensor, layout: JaggedLayout) -> HSTUContext:
-        return HSTUContext(layout, TimeGaps(timestamps_T, next_timestamps_T, layout, self.time_unit))
+        gaps = TimeGaps(timestamps_T, next_timestamps_T, layout, self.time_unit)
+        prepare(layout, [block.bucketed_temporal.channel() for block in self.blocks], gaps)
+        return HSTUContext(layout, gaps)

@@ -5,7 +5,7 @@ Shapes: T tokens of the batch, B users, G users of one length group, N its padde
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Dict, List, Optional, Sequence
+from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ SHORTEST_TO_LONGEST = 0.7
 """Users share a length group while the shortest has at least this part of the longest's tokens."""
 SLOTS_PER_GROUP = 2048
 """Padded slots that one group may hold (one user always fits); keeps a group's work in the cache."""
+STRIP_ROWS = 100
+"""Rows of a causal map that exist at a time, per user; columns right of a strip are skipped (causality)."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,51 @@ class LengthGroup:
     @property
     def stop(self) -> int:
         return self.start + self.length * self.users
+
+
+@dataclass(frozen=True)
+class Slots:
+    """The length groups of a batch as tensors, the form in which operators take them.
+
+    users_B5: int64 on the host, a row for each user with a token, in the order of the groups: its group's start, length
+    and number of users, the user's first row in T, its length. token_P, slot_T, padding_slots: see `JaggedLayout`.
+    """
+
+    users_B5: Tensor
+    token_P: Tensor
+    slot_T: Tensor
+    padding_slots: Tensor
+
+    @cached_property
+    def groups(self) -> List[LengthGroup]:
+        rows, groups, user = self.users_B5.tolist(), [], 0
+        while user < len(rows):
+            groups.append(LengthGroup(*rows[user][:3]))
+            user += groups[-1].users
+        return groups
+
+    @property
+    def max_length(self) -> int:
+        return self.groups[0].length if self.groups else 0
+
+    def split(self, longest: Optional[int]) -> Tuple[List[Tuple[int, int]], "Slots"]:
+        """The users of the groups that have one of more than `longest` rows, as (first row, length); the other groups,
+        with slots counted from their own first. None: no user is too long."""
+        rows = self.users_B5.tolist()
+        long = [] if longest is None else [row for row in rows if row[1] > longest]
+        if not long:
+            return [], self
+        start, length, users = long[-1][:3]
+        slots = start + length * users
+        paddings = slots - sum(row[4] for row in long)
+        short_B5 = self.users_B5[len(long) :] - torch.tensor([slots, 0, 0, 0, 0])
+        moved = (self.token_P[slots:], self.slot_T - slots, self.padding_slots[paddings:] - slots)
+        return [(row[3], row[4]) for row in long], Slots(short_B5, *moved)
+
+    def strips(self) -> Iterator[Tuple[int, List[LengthGroup]]]:
+        """(first row, the groups that reach it) of every strip, groups longest first."""
+        for first in range(0, self.max_length, STRIP_ROWS):
+            yield first, [group for group in self.groups if group.length > first]
 
 
 class JaggedLayout:
@@ -99,33 +146,34 @@ class JaggedLayout:
             self._host_lengths = self.lengths_B.tolist()
         return self._host_lengths
 
-    @cached_property
+    @property
     def groups(self) -> List[LengthGroup]:
         """Length groups of all users with at least one token, longest first."""
-        return self._grouping[0]
+        return self.slots.groups
 
-    @cached_property
+    @property
     def token_P(self) -> Tensor:
         """int64 [P]: the jagged row in each padded slot; slots past a user's end repeat its last row."""
-        return self._grouping[1]
+        return self.slots.token_P
 
-    @cached_property
+    @property
     def slot_T(self) -> Tensor:
         """int64 [T]: the padded slot of each jagged row."""
-        return self._grouping[2]
+        return self.slots.slot_T
 
-    @cached_property
+    @property
     def padding_slots(self) -> Tensor:
         """int64: the slots of P past their user's end."""
-        return self._grouping[3]
+        return self.slots.padding_slots
 
     @cached_property
-    def _grouping(self):
+    def slots(self) -> Slots:
+        """The length groups."""
         lengths_B = torch.as_tensor(self.host_lengths, dtype=torch.int64)
         starts_B = torch.cumsum(lengths_B, 0) - lengths_B
         order_B = torch.argsort(lengths_B, descending=True, stable=True)
         slot_T = torch.empty(self.num_tokens, dtype=torch.int64)
-        groups, tokens, paddings, done = [], [], [], 0
+        rows, tokens, paddings, done = [], [], [], 0
         for first, last in _runs_of_similar_length(lengths_B[order_B].tolist()):
             users_G = order_B[first:last]
             length, lengths_G = int(lengths_B[users_G[0]]), lengths_B[users_G]
@@ -136,11 +184,13 @@ class JaggedLayout:
             slot_T[token_NG[real_NG]] = slot_NG[real_NG]
             tokens.append(token_NG.flatten())
             paddings.append(slot_NG[~real_NG])
-            groups.append(LengthGroup(done, length, last - first))
+            group_G3 = torch.tensor([done, length, last - first]).expand(last - first, 3)
+            rows.append(torch.cat([group_G3, torch.stack([starts_B[users_G], lengths_G], 1)], 1))
             done += token_NG.numel()
         empty = [torch.empty(0, dtype=torch.int64)]
         moves = (torch.cat(tokens + empty), slot_T, torch.cat(paddings + empty))
-        return (groups, *(index.to(self.device, non_blocking=True) for index in moves))
+        users_B5 = torch.cat([*rows, torch.empty(0, 5, dtype=torch.int64)])
+        return Slots(users_B5, *(index.to(self.device, non_blocking=True) for index in moves))
 
 
 def _runs_of_similar_length(descending: Sequence[int]):

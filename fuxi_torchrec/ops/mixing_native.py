@@ -8,8 +8,8 @@ from typing import List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.ops import native
 from fuxi_torchrec.ops.jagged import JaggedLayout
 from fuxi_torchrec.ops.time_maps import Channel, TimeGaps
@@ -24,9 +24,16 @@ def mix_native(
     values_THd: Tensor, layout: JaggedLayout, channels: Sequence[Channel], gaps: Optional[TimeGaps]
 ) -> Tensor:
     """See `token_mixing.mix_tokens`."""
-    assert supports(values_THd, channels), "float32 on a CPU with a C compiler, and channels of this module's FORMS"
-    names = tuple(name for name, _ in channels)
-    return _NativeMixing.apply(values_THd, layout, gaps, names, *(p for _, ps in channels for p in ps))
+    if not supports(values_THd, channels):
+        raise UserError(
+            f"model.token_mixing: native needs a CPU, float32, a C compiler, and one temporal channel of {FORMS} at most; "
+            "auto takes what can be had"
+        )
+    kinds = " ".join(name for name, _ in channels)
+    times = [] if gaps is None else list(gaps.times[:2])
+    params, time_unit = [p for _, ps in channels for p in ps], 1.0 if gaps is None else gaps.time_unit
+    tasks_K3 = layout.row_tasks(TASK_ROWS)
+    return _mix(values_THd, layout.offsets_B1, tasks_K3, times, params, kinds, layout.max_length, time_unit)
 
 
 def supports(values_THd: Tensor, channels: Sequence[Channel]) -> bool:
@@ -34,37 +41,86 @@ def supports(values_THd: Tensor, channels: Sequence[Channel]) -> bool:
     known = all(name in ("positional", "zero", *FORMS) for name in names)
     # The kernels take one channel of each kind.
     single = names.count("positional") <= 1 and sum(name in FORMS for name in names) <= 1
-    return known and single and native.usable(values_THd, *(p for _, ps in channels for p in ps))
+    return known and single and native.takes(values_THd, *(p for _, ps in channels for p in ps))
 
 
-class _NativeMixing(torch.autograd.Function):
-    """apply(values_THd, layout, gaps, names, *parameters in the order of the channels) -> [T, H, C, d]."""
+@torch.library.custom_op("fuxi_torchrec::mix_native", mutates_args=())
+def _mix(
+    values_THd: Tensor,
+    offsets_B1: Tensor,
+    tasks_K3: Tensor,
+    times: List[Tensor],
+    params: List[Tensor],
+    kinds: str,
+    longest: int,
+    time_unit: float,
+) -> Tensor:
+    """[T, H, C, d]. times: timestamps and next timestamps, int64 [T], or none without a temporal channel; params: the
+    channels' parameters, one after the other; kinds: the channels' names, separated by spaces."""
+    names = kinds.split()
+    values_THd = _rows_at_one_distance(values_THd)
+    T, H, d = values_THd.shape
+    mixed_THCd = values_THd.new_empty(T, H, len(names), d)
+    for c, name in enumerate(names):
+        if name == "zero":
+            mixed_THCd[:, :, c].zero_()
+    where, weight_N, sizes, scalars = _arguments(
+        values_THd, offsets_B1, tasks_K3, times, params, names, longest, time_unit
+    )
+    native.call("mix_forward", *where, weight_N, mixed_THCd, *sizes, *scalars)
+    return mixed_THCd
 
-    @staticmethod
-    def forward(ctx, values_THd, layout, gaps, names, *params):
-        ctx.layout, ctx.gaps, ctx.names = layout, gaps, names
-        values_THd = _rows_at_one_distance(values_THd)
-        ctx.save_for_backward(values_THd, *params)
-        T, H, d = values_THd.shape
-        mixed_THCd = values_THd.new_empty(T, H, len(names), d)
-        for c, name in enumerate(names):
-            if name == "zero":
-                mixed_THCd[:, :, c].zero_()
-        where, weight_N, sizes, scalars = _arguments(values_THd, layout, gaps, names, params)
-        native.call("mix_forward", *where, weight_N, mixed_THCd, *sizes, *scalars)
-        return mixed_THCd
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_THCd):
-        values_THd, *params = ctx.saved_tensors
-        where, weight_N, sizes, scalars = _arguments(values_THd, ctx.layout, ctx.gaps, ctx.names, params)
-        grad_THd = torch.empty(values_THd.shape)
-        grad_lags = torch.zeros(max(1, ctx.layout.max_length))
-        sums_2 = torch.zeros(2, dtype=torch.float64)
-        outputs = (grad_THCd.contiguous(), grad_THd, grad_lags, sums_2)
-        native.call("mix_backward", *where, weight_N, *outputs, *sizes, *scalars)
-        return grad_THd, None, None, None, *_parameter_gradients(ctx.names, params, grad_lags, sums_2, ctx.layout)
+@_mix.register_fake
+def _(values_THd, offsets_B1, tasks_K3, times, params, kinds, longest, time_unit):
+    T, H, d = values_THd.shape
+    return values_THd.new_empty(T, H, len(kinds.split()), d)
+
+
+@torch.library.custom_op("fuxi_torchrec::mix_native_backward", mutates_args=())
+def _mix_backward(
+    grad_THCd: Tensor,
+    values_THd: Tensor,
+    offsets_B1: Tensor,
+    tasks_K3: Tensor,
+    times: List[Tensor],
+    params: List[Tensor],
+    kinds: str,
+    longest: int,
+    time_unit: float,
+) -> List[Tensor]:
+    """The gradients of values and of every parameter."""
+    names = kinds.split()
+    values_THd = _rows_at_one_distance(values_THd)
+    where, weight_N, sizes, scalars = _arguments(
+        values_THd, offsets_B1, tasks_K3, times, params, names, longest, time_unit
+    )
+    grad_THd, grad_lags = torch.empty(values_THd.shape), torch.zeros(max(1, longest))
+    sums_2 = torch.zeros(2, dtype=torch.float64)
+    outputs = (grad_THCd.contiguous(), grad_THd, grad_lags, sums_2)
+    native.call("mix_backward", *where, weight_N, *outputs, *sizes, *scalars)
+    return [grad_THd, *_parameter_gradients(names, params, grad_lags[:longest], sums_2)]
+
+
+@_mix_backward.register_fake
+def _(grad_THCd, values_THd, offsets_B1, tasks_K3, times, params, kinds, longest, time_unit):
+    return [values_THd.new_empty(values_THd.shape), *map(torch.empty_like, params)]
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    values_THd, offsets_B1, tasks_K3, times, params, *ctx.settings = inputs
+    ctx.sizes = len(times), len(params)
+    ctx.save_for_backward(values_THd, offsets_B1, tasks_K3, *times, *params)
+
+
+def _backward(ctx, grad_THCd):
+    values_THd, offsets_B1, tasks_K3, *rest = ctx.saved_tensors
+    times, params = rest[: ctx.sizes[0]], rest[ctx.sizes[0] :]
+    grad_THd, *grad_params = _mix_backward(grad_THCd, values_THd, offsets_B1, tasks_K3, times, params, *ctx.settings)
+    return grad_THd, None, None, [None] * ctx.sizes[0], grad_params, None, None, None
+
+
+_mix.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _rows_at_one_distance(values_THd: Tensor) -> Tensor:
@@ -86,23 +142,21 @@ def _by_kind(names, params):
     return weight_N, temporal
 
 
-def _arguments(values_THd: Tensor, layout: JaggedLayout, gaps: Optional[TimeGaps], names, params):
+def _arguments(values_THd, offsets_B1, tasks_K3, times, params, names: List[str], longest: int, time_unit: float):
+    """The kernels' arguments: where the rows are, the lag weights, the sizes, and the scalars."""
     T, H, d = values_THd.shape
     weight_N, temporal = _by_kind(names, params)
     a = rate = 0.0
     times_T = next_times_T = None
     if temporal is not None:
         a, rate = _factor_and_rate(*temporal)
-        times_T, next_times_T = gaps.timestamps_T.contiguous(), gaps.next_timestamps_T.contiguous()
-    tasks = layout.row_tasks(TASK_ROWS)
+        times_T, next_times_T = (x.contiguous() for x in times)
     positional = names.index("positional") if weight_N is not None else -1
     temporal_place = names.index(temporal[0]) if temporal is not None else -1
     is_log = int(temporal is not None and temporal[0] == "pow")
-    where = (values_THd, values_THd.stride(0), layout.offsets_B1, times_T, next_times_T)
-    sizes = (tasks, len(tasks), layout.max_length, H, d, len(names), positional, temporal_place, is_log)
-    time_unit = gaps.time_unit if gaps is not None else 1.0
-    weight_N = None if weight_N is None else weight_N.contiguous()
-    return where, weight_N, sizes, (a, rate, time_unit)
+    where = (values_THd, values_THd.stride(0), offsets_B1, times_T, next_times_T)
+    sizes = (tasks_K3, len(tasks_K3), longest, H, d, len(names), positional, temporal_place, is_log)
+    return where, None if weight_N is None else weight_N.contiguous(), sizes, (a, rate, time_unit)
 
 
 def _factor_and_rate(name: str, params: Sequence[Tensor]) -> Tuple[float, float]:
@@ -110,14 +164,14 @@ def _factor_and_rate(name: str, params: Sequence[Tensor]) -> Tuple[float, float]
     return a.item(), (b if name == "pow" else b.exp()).item()
 
 
-def _parameter_gradients(names, params, grad_lags: Tensor, sums_2: Tensor, layout: JaggedLayout) -> List[Tensor]:
+def _parameter_gradients(names, params, grad_lags: Tensor, sums_2: Tensor) -> List[Tensor]:
     """d/da = Σ dA U; d/db = −a Σ dA U L, times e^b for `exp`, whose rate is e^b."""
     gradients = []
     weight_N, temporal = _by_kind(names, params)
     for name in names:
         if name == "positional":
             grad_N = torch.zeros_like(weight_N)
-            grad_N[: layout.max_length] = grad_lags[: layout.max_length]
+            grad_N[: len(grad_lags)] = grad_lags
             gradients.append(grad_N)
         elif name != "zero":
             a, b = temporal[1]

@@ -1,20 +1,30 @@
 """Pointwise (SiLU) attention on jagged rows: HSTU's attention and FuXi-α's semantic channel.
 
 A^(head)[i,j] = SiLU(q_i · k_j + bias[i,j]) · scale for j <= i of the same user, y = A v. Source: HSTU (arXiv
-2402.17152), equation 2; docs/models.md.
+2402.17152), equation 2; docs/models.md. The maps exist a tile at a time, never above the diagonal's tiles, and backward
+makes them again: memory is linear in T.
 
-Shapes: T tokens, H heads, q query/key and d value size per head; in a length group G users and n positions.
+Shapes: T tokens, P padded slots, H heads, q query/key and d value size per head; in a length group G users, n positions,
+B = G * H, R rows of a strip, W its columns, w those of a tile.
 """
 
-from typing import Optional
+from typing import Iterator, List, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from fuxi_torchrec.ops import jagged
 from fuxi_torchrec.ops.fused import wide
-from fuxi_torchrec.ops.jagged import JaggedLayout, LengthGroup, from_slots, to_slots
-from fuxi_torchrec.ops.time_maps import TIME_MAPS, TimeGaps
+from fuxi_torchrec.ops.jagged import JaggedLayout, LengthGroup, Slots, from_padded, from_slots, to_padded, to_slots
+from fuxi_torchrec.ops.mixing_blocked import lag_strip, sum_diagonals
+from fuxi_torchrec.ops.time_maps import TIME_MAPS, StripGaps, TimeGaps, gap_feature
+
+TILE_ENTRIES = 2**18
+"""Entries of all heads' and users' maps that exist at a time; they stay in the cache."""
+SMALLEST_TILE = 100
+"""Columns of a tile at least."""
 
 
 def silu_attention(
@@ -27,39 +37,146 @@ def silu_attention(
     bucket_weights: Optional[Tensor] = None,
     gaps: Optional[TimeGaps] = None,
 ) -> Tensor:
-    """y = A v on jagged rows, [T, H, d]; dense within a length group, one group at a time.
+    """y = A v on jagged rows, [T, H, d].
 
     The bias is lag_weights_N[i - j] + bucket_weights[bucket(t_{i+1} - t_j)], the same for every head; without weights
     there is none. Bias and SiLU are float32 under autocast, the products are not.
     """
-    qkv_P = [to_slots(x, layout) for x in (queries_THq, keys_THq, values_THd)]
-    outputs = [values_THd.new_zeros(0, *values_THd.shape[1:])]
-    for group in layout.groups:
-        q_GHnq, k_GHnq, v_GHnd = (
-            x[group.start : group.stop].unflatten(0, (group.length, group.users)).permute(1, 2, 0, 3) for x in qkv_P
-        )
-        scores_GHnn = wide(q_GHnq @ k_GHnq.mT)
-        bias_Gnn = _bias(group, lag_weights_N, bucket_weights, gaps)
-        if bias_Gnn is not None:
-            scores_GHnn = scores_GHnn + bias_Gnn.unsqueeze(1)
-        map_GHnn = (F.silu(scores_GHnn) * scale).tril()
-        y_GHnd = map_GHnn.to(v_GHnd.dtype) @ v_GHnd
-        outputs.append(y_GHnd.permute(2, 0, 1, 3).flatten(0, 1))
-    return from_slots(torch.cat(outputs), layout)
-
-
-def _bias(
-    group: LengthGroup, lag_weights_N: Optional[Tensor], bucket_weights: Optional[Tensor], gaps: Optional[TimeGaps]
-) -> Optional[Tensor]:
-    """[G or 1, n, n], or None."""
-    bias = None
-    n = group.length
-    if lag_weights_N is not None:
-        position_n = torch.arange(n, device=lag_weights_N.device)
-        bias = lag_weights_N[(position_n[:, None] - position_n).clamp(min=0)][None]
+    strips = None
     if bucket_weights is not None:
         assert gaps is not None
-        bucket_Gnn = gaps.strip(group, (0, n), "bucket", bucket_weights.dtype)
-        time_Gnn = TIME_MAPS["bucketed"].evaluate(bucket_Gnn, bucket_weights)
-        bias = time_Gnn if bias is None else bias + time_Gnn
-    return bias
+        strips = gaps.strips("bucketed", bucket_weights.dtype)
+    qkv_P = (to_slots(x, layout) for x in (queries_THq, keys_THq, values_THd))
+    return from_slots(_SiLUAttention.apply(*qkv_P, lag_weights_N, bucket_weights, layout.slots, strips, scale), layout)
+
+
+def silu_attention_reference(
+    queries_THq: Tensor,
+    keys_THq: Tensor,
+    values_THd: Tensor,
+    layout: JaggedLayout,
+    scale: float,
+    lag_weights_N: Optional[Tensor] = None,
+    bucket_weights: Optional[Tensor] = None,
+    gaps: Optional[TimeGaps] = None,
+) -> Tensor:
+    """The same, padded and with whole maps."""
+    q_BHNq, k_BHNq, v_BHNd = (to_padded(x, layout).transpose(1, 2) for x in (queries_THq, keys_THq, values_THd))
+    scores_BHNN = q_BHNq @ k_BHNq.mT
+    position_N = torch.arange(layout.max_length, device=layout.device)
+    lag_NN = position_N[:, None] - position_N
+    if lag_weights_N is not None:
+        scores_BHNN = scores_BHNN + lag_weights_N[lag_NN.clamp(min=0)]
+    if bucket_weights is not None:
+        past_BN, next_BN = to_padded(gaps.timestamps_T, layout), to_padded(gaps.next_timestamps_T, layout)
+        ticks_BNN = next_BN[:, :, None] - past_BN[:, None, :]
+        bucket_BNN = gap_feature(ticks_BNN, gaps.time_unit, "bucket", bucket_weights.dtype)
+        scores_BHNN = scores_BHNN + TIME_MAPS["bucketed"].evaluate(bucket_BNN, bucket_weights)[:, None]
+    map_BHNN = (F.silu(scores_BHNN) * scale).masked_fill(lag_NN < 0, 0)
+    return from_padded((map_BHNN @ v_BHNd).transpose(1, 2), layout)
+
+
+class _Strip(NamedTuple):
+    """Some rows of the maps of a group's users: `rows` of n, all columns up to their last, cut into `tiles`; bias_GRW is
+    None where there is none."""
+
+    rows: slice
+    tiles: List[slice]
+    bias_GRW: Optional[Tensor]
+    bucket_GRW: Optional[Tensor]
+
+
+class _SiLUAttention(torch.autograd.Function):
+    """apply(q_PHq, k_PHq, v_PHd, lag weights, bucket weights, slots, strips, scale) -> y_PHd."""
+
+    @staticmethod
+    def forward(ctx, q_PHq, k_PHq, v_PHd, lag_weights_N, bucket_weights, slots, strips, scale):
+        ctx.save_for_backward(q_PHq, k_PHq, v_PHd, lag_weights_N, bucket_weights)
+        ctx.slots, ctx.strips, ctx.scale = slots, strips, scale
+        y_PHd = torch.empty_like(v_PHd, memory_format=torch.contiguous_format)
+        with torch.autocast(v_PHd.device.type, enabled=False):
+            for group in slots.groups:
+                q_Bnq, k_Bnq, v_Bnd = (_by_head(x, group) for x in (q_PHq, k_PHq, v_PHd))
+                y_Bnd = torch.zeros_like(v_Bnd)
+                for rows, tiles, bias_GRW, _ in _strips(slots, group, v_PHd.shape[1], lag_weights_N, bucket_weights, strips):
+                    for columns in tiles:
+                        scores_BRw = _scores(q_Bnq[:, rows], k_Bnq[:, columns], bias_GRW, columns)
+                        map_BRw = _causal(F.silu(scores_BRw, inplace=True), rows, columns)
+                        y_Bnd[:, rows].baddbmm_(map_BRw.to(v_Bnd.dtype), v_Bnd[:, columns], alpha=scale)
+                _write_group(y_PHd, group, y_Bnd)
+        return y_PHd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_PHd):
+        q_PHq, k_PHq, v_PHd, lag_weights_N, bucket_weights = ctx.saved_tensors
+        grads_P = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_PHq, k_PHq, v_PHd)]
+        grad_lags = None if lag_weights_N is None else torch.zeros_like(lag_weights_N)
+        grad_buckets = None if bucket_weights is None else torch.zeros_like(bucket_weights)
+        for group in ctx.slots.groups:
+            q_Bnq, k_Bnq, v_Bnd, grad_Bnd = (_by_head(x, group) for x in (q_PHq, k_PHq, v_PHd, grad_PHd))
+            grads = grad_q_Bnq, grad_k_Bnq, grad_v_Bnd = [torch.zeros_like(x) for x in (q_Bnq, k_Bnq, v_Bnd)]
+            all_strips = _strips(ctx.slots, group, v_PHd.shape[1], lag_weights_N, bucket_weights, ctx.strips)
+            for rows, tiles, bias_GRW, bucket_GRW in all_strips:
+                by_bias_GRW = None if bias_GRW is None else bias_GRW.new_empty(group.users, *bias_GRW.shape[1:])
+                scaled_BRd = grad_Bnd[:, rows] * ctx.scale
+                for columns in tiles:
+                    scores_BRw = _scores(q_Bnq[:, rows], k_Bnq[:, columns], bias_GRW, columns)
+                    map_BRw = _causal(F.silu(scores_BRw), rows, columns)
+                    grad_v_Bnd[:, columns].baddbmm_(map_BRw.to(v_Bnd.dtype).mT, scaled_BRd)
+                    by_map_BRw = torch.bmm(scaled_BRd, v_Bnd[:, columns].mT).to(scores_BRw.dtype)
+                    by_scores_BRw = _causal(torch.ops.aten.silu_backward(by_map_BRw, scores_BRw), rows, columns)
+                    if by_bias_GRW is not None:
+                        torch.sum(by_scores_BRw.unflatten(0, (group.users, -1)), 1, out=by_bias_GRW[:, :, columns])
+                    by_scores_BRw = by_scores_BRw.to(q_Bnq.dtype)
+                    grad_q_Bnq[:, rows].baddbmm_(by_scores_BRw, k_Bnq[:, columns])
+                    grad_k_Bnq[:, columns].baddbmm_(by_scores_BRw.mT, q_Bnq[:, rows])
+                if grad_lags is not None:
+                    sum_diagonals(grad_lags, by_bias_GRW.sum(0), rows.start)
+                if grad_buckets is not None:
+                    grad_buckets.index_add_(0, bucket_GRW.flatten(), by_bias_GRW.flatten())
+            for grad_P, grad_Bn in zip(grads_P, grads):
+                _write_group(grad_P, group, grad_Bn)
+        return (*grads_P, grad_lags, grad_buckets, None, None, None)
+
+
+def _by_head(x_PHw: Tensor, group: LengthGroup) -> Tensor:
+    """The group's part of [P, H, w] as contiguous [G * H, n, w]."""
+    x_nGHw = x_PHw[group.start : group.stop].unflatten(0, (group.length, group.users))
+    return x_nGHw.permute(1, 2, 0, 3).contiguous().flatten(0, 1)
+
+
+def _write_group(x_PHw: Tensor, group: LengthGroup, part_Bnw: Tensor) -> None:
+    part_GHnw = part_Bnw.unflatten(0, (group.users, -1))
+    x_PHw[group.start : group.stop].unflatten(0, (group.length, group.users)).copy_(part_GHnw.permute(2, 0, 1, 3))
+
+
+def _strips(
+    slots: Slots, group: LengthGroup, heads: int, lag_weights_N, bucket_weights, strips: Optional[StripGaps]
+) -> Iterator[_Strip]:
+    rows = min(jagged.STRIP_ROWS, group.length)
+    width = max(SMALLEST_TILE, TILE_ENTRIES // (group.users * heads * rows))
+    for first in range(0, group.length, rows):
+        last = min(first + rows, group.length)
+        bias_GRW = bucket_GRW = None
+        if lag_weights_N is not None:
+            bias_GRW = lag_strip(lag_weights_N, first, last - first, lag_weights_N.dtype)[None]
+        if bucket_weights is not None:
+            bucket_GRW = strips.strip(group, first)
+            time_GRW = TIME_MAPS["bucketed"].evaluate(bucket_GRW, bucket_weights)
+            bias_GRW = time_GRW if bias_GRW is None else time_GRW.add_(bias_GRW)
+        tiles = [slice(start, min(start + width, last)) for start in range(0, last, width)]
+        yield _Strip(slice(first, last), tiles, bias_GRW, bucket_GRW)
+
+
+def _scores(q_BRq: Tensor, k_Bwq: Tensor, bias_GRW: Optional[Tensor], columns: slice) -> Tensor:
+    """A fresh [B, R, w] tensor, at least float32."""
+    scores_BRw = wide(torch.bmm(q_BRq, k_Bwq.mT))
+    if bias_GRW is not None:
+        scores_BRw.unflatten(0, (len(bias_GRW), -1)).add_(bias_GRW[:, None, :, columns])
+    return scores_BRw
+
+
+def _causal(x_BRw: Tensor, rows: slice, columns: slice) -> Tensor:
+    """Zeroes what lies above the diagonal, in place."""
+    return x_BRw.tril_(rows.start - columns.start) if columns.stop > rows.start + 1 else x_BRw

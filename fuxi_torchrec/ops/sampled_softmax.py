@@ -8,7 +8,7 @@ are made in float32, turned into the three gradients, and dropped. What is kept 
 """
 
 import warnings
-from typing import Callable, Optional, Tuple
+from typing import Callable, Literal, Optional, Tuple, get_args
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ CHUNK_TOKENS = 2048
 CandidateMask = Callable[[slice], Tensor]
 CHUNK_LOGITS = 1 << 22
 """Logits that exist at a time: tokens of a chunk times negatives."""
+Implementation = Literal["auto", "chunked", "native", "triton"]
+"""How a loss is computed: chunk by chunk in torch, by the C kernels of `native_softmax` (per_token on a CPU), or by the CUDA
+kernels of `triton_softmax`. "auto" takes the last for CUDA tensors, which no GPU has timed yet, and C wherever it can."""
 
 
 def l2_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
@@ -92,6 +95,7 @@ def per_token_sampled_softmax(
     temperature: float,
     bias_U: Optional[Tensor] = None,
     chunk_logits: int = CHUNK_LOGITS,
+    implementation: Implementation = "auto",
 ) -> Tensor:
     """Sampled softmax with K negatives drawn for every token, looked up once per unique id.
 
@@ -105,14 +109,20 @@ def per_token_sampled_softmax(
         temperature: τ.
         bias_U: float32 constants added to the candidates' logits (logQ); None for nothing.
         chunk_logits: most logits that exist at a time (at least one token's).
+        implementation: see Implementation.
 
     Returns:
         The summed loss, float32 scalar, differentiable in outputs, positives and candidates.
     """
+    kernels = _triton_kernels("per_token", implementation, outputs_TD)
+    if kernels is not None:
+        return kernels.triton_per_token_softmax(
+            outputs_TD, positives_TD, candidates_UD, negative_index_TK, positive_index_T, temperature, bias_U
+        )
     inputs = tuple(x.float() for x in (outputs_TD, positives_TD, candidates_UD))
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     chunk = max(1, chunk_logits // max(1, negative_index_TK.shape[1]))
-    if native.usable(*inputs):
+    if implementation != "chunked" and native.usable(*inputs):
         index = (negative_index_TK, positive_index_T)
         return PerToken.apply(*inputs, *index, temperature, bias_U, MASKED_LOGIT, chunk, needs_grad)
     inputs = tuple(map(_whole_vectors, inputs))
@@ -129,6 +139,7 @@ def shared_sampled_softmax(
     bias_P: Optional[Tensor] = None,
     mask: Optional[CandidateMask] = None,
     chunk_logits: int = CHUNK_LOGITS,
+    implementation: Implementation = "auto",
 ) -> Tensor:
     """Sampled softmax with one pool of negatives for all tokens: the logits of a chunk are one matrix product.
 
@@ -139,14 +150,30 @@ def shared_sampled_softmax(
         bias_P: float32 constants added to the pool's logits (logQ; MASKED_LOGIT takes an entry out for all tokens).
         mask: further candidates to leave out, asked for one chunk of tokens at a time.
         chunk_logits: most logits that exist at a time (at least one token's).
+        implementation: see Implementation; there is no C kernel for a shared pool, which is a matrix product.
 
     Returns:
         The summed loss, float32 scalar, differentiable in outputs, positives and pool.
     """
+    kernels = _triton_kernels("shared", implementation, outputs_TD)
+    if kernels is not None:
+        return kernels.triton_shared_softmax(
+            outputs_TD, positives_TD, pool_PD, pool_ids_P, positive_ids_T, temperature, bias_P, mask
+        )
     inputs = (outputs_TD.float(), positives_TD.float(), pool_PD.float())
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     chunk = max(1, chunk_logits // max(1, len(pool_ids_P)))
     return _Shared.apply(*inputs, pool_ids_P, positive_ids_T, temperature, bias_P, mask, chunk, needs_grad)
+
+
+def _triton_kernels(loss: str, implementation: Implementation, outputs_TD: Tensor):
+    """The module with the CUDA kernels, where it is asked for or the choice for these tensors; else None."""
+    assert implementation in get_args(Implementation), implementation
+    if implementation in ("chunked", "native") or (implementation == "auto" and not outputs_TD.is_cuda):
+        return None
+    from fuxi_torchrec.ops import triton_softmax
+
+    return triton_softmax if implementation == "triton" or triton_softmax.can_run(loss, outputs_TD) else None
 
 
 def _chunk_loss(positive_C: Tensor, negative_CX: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor]:

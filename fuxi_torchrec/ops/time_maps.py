@@ -4,14 +4,18 @@ A map is a pure function of a *feature* of the time gap, made once per batch and
 parameters of the block. Time differences are int64 ticks until they become float seconds.
 """
 
+import functools
+import math
 from dataclasses import dataclass
-from typing import Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fuxi_torchrec.ops.jagged import JaggedLayout, LengthGroup
+from fuxi_torchrec.ops import jagged
+from fuxi_torchrec.ops.exponential_sums import DEFAULT_TOLERANCE
+from fuxi_torchrec.ops.jagged import JaggedLayout, LengthGroup, Slots
 
 Channel = Tuple[str, Sequence[Tensor]]
 """A token-mixing channel: its map's name and parameters, as `token_mixing` describes them."""
@@ -34,39 +38,110 @@ def gap_feature(ticks: Tensor, time_unit: float, feature: str, dtype: torch.dtyp
     return (seconds.abs_().clamp_(min=1).log_() / 0.301).to(torch.int32).clamp_(0, NUM_BUCKETS)
 
 
-class TimeGaps:
-    """Features of t_{i+1} - t_j for the strips of a batch: rows i, columns j of every user of a length group.
+class Times(NamedTuple):
+    """The times of a batch: int64 [T] ticks of the events and of what follows each, seconds per tick; and the largest
+    relative error of a map that is approximated (`exponential_sums`)."""
 
-    timestamps_T, next_timestamps_T: int64 [T] ticks; time_unit: seconds per tick.
+    timestamps_T: Tensor
+    next_timestamps_T: Tensor
+    time_unit: float = 1.0
+    tolerance: float = DEFAULT_TOLERANCE
+
+
+class StripGaps:
+    """One feature of t_{i+1} - t_j for the strips of some length groups: rows i, columns j of every user of a group.
+
+    cached: what `all_strips` returned; None: a strip is made whenever it is asked for.
     """
 
     def __init__(
-        self, timestamps_T: Tensor, next_timestamps_T: Tensor, layout: JaggedLayout, time_unit: float = 1.0
+        self, slots: Slots, times: Times, feature: str, dtype: torch.dtype, cached: Optional[Tensor] = None
     ) -> None:
-        assert timestamps_T.dtype == next_timestamps_T.dtype == torch.int64
-        self.timestamps_T, self.next_timestamps_T = timestamps_T, next_timestamps_T
-        self.layout, self.time_unit = layout, time_unit
-        self._times_P: Optional[Tuple[Tensor, Tensor]] = None
-        self._cache: Dict[tuple, Tensor] = {}
-        self._keep = sum(g.users * g.length**2 for g in layout.groups) // 2 <= CACHED_ENTRIES
+        self.slots, self.times, self.feature, self.dtype = slots, times, feature, dtype
+        self._cached: Dict[Tuple[int, int], Tensor] = {}
+        if cached is not None:
+            start = 0
+            for key, shape in self._shapes():
+                size = math.prod(shape)
+                self._cached[key] = cached[start : start + size].view(shape)
+                start += size
 
-    def strip(self, group: LengthGroup, rows: Tuple[int, int], feature: str, dtype: torch.dtype) -> Tensor:
-        """[G, rows, columns] for the rows first <= i < last and the columns 0 <= j < last of the group's users."""
-        key = (group.start, rows, feature, dtype)
-        if key in self._cache:
-            return self._cache[key]
-        if self._times_P is None:
-            token_P = self.layout.token_P
-            self._times_P = self.timestamps_T[token_P], self.next_timestamps_T[token_P]
-        first, last = rows
+    def _shapes(self) -> Iterator[Tuple[Tuple[int, int], Tuple[int, int, int]]]:
+        for first, groups in self.slots.strips():
+            for group in groups:
+                last = min(first + jagged.STRIP_ROWS, group.length)
+                yield (group.start, first), (group.users, last - first, last)
+
+    def count(self) -> int:
+        """Entries of all strips."""
+        return sum(math.prod(shape) for _, shape in self._shapes())
+
+    def all_strips(self) -> List[Tensor]:
+        """Every strip's entries, flat."""
+        return [self.strip(group, first).flatten() for first, groups in self.slots.strips() for group in groups]
+
+    def strip(self, group: LengthGroup, first: int) -> Tensor:
+        """[G, rows, columns] for the strip's rows, first <= i < last, and the columns 0 <= j < last; not to be changed."""
+        if (group.start, first) in self._cached:
+            return self._cached[group.start, first]
+        last = min(first + jagged.STRIP_ROWS, group.length)
         past_GN, next_GN = (
-            t[group.start : group.stop].view(group.length, group.users).T.contiguous() for t in self._times_P
+            times_P[group.start : group.stop].view(group.length, group.users).T.contiguous() for times_P in self._times_P
         )
         ticks = next_GN[:, first:last, None] - past_GN[:, None, :last]
-        strip = gap_feature(ticks, self.time_unit, feature, dtype)
-        if self._keep:
-            self._cache[key] = strip
-        return strip
+        return gap_feature(ticks, self.times.time_unit, self.feature, self.dtype)
+
+    @functools.cached_property
+    def _times_P(self) -> List[Tensor]:
+        return [times_T[self.slots.token_P] for times_T in self.times[:2]]
+
+
+class TimeGaps:
+    """The times of a batch, and what is made of them once for all blocks.
+
+    timestamps_T, next_timestamps_T: int64 [T] ticks; time_unit: seconds per tick; tolerance: see `Times`. features: what
+    `token_mixing.prepare` made of them, by channel.
+    """
+
+    def __init__(
+        self,
+        timestamps_T: Tensor,
+        next_timestamps_T: Tensor,
+        layout: JaggedLayout,
+        time_unit: float = 1.0,
+        tolerance: float = DEFAULT_TOLERANCE,
+    ) -> None:
+        assert timestamps_T.dtype == next_timestamps_T.dtype == torch.int64
+        self.times = Times(timestamps_T, next_timestamps_T, time_unit, tolerance)
+        self.layout = layout
+        self.features: Dict[tuple, Tensor] = {}
+
+    @property
+    def timestamps_T(self) -> Tensor:
+        return self.times.timestamps_T
+
+    @property
+    def next_timestamps_T(self) -> Tensor:
+        return self.times.next_timestamps_T
+
+    @property
+    def time_unit(self) -> float:
+        return self.times.time_unit
+
+    def strips(self, name: str, dtype: torch.dtype) -> StripGaps:
+        """Of the temporal channel `name`, for all users; from what `token_mixing.prepare` made, if it did."""
+        cached = self.features.get((name, None, dtype))
+        cached = None if cached is None or not cached.numel() else cached
+        return StripGaps(self.layout.slots, self.times, TIME_MAPS[name].feature, dtype, cached)
+
+    @functools.cached_property
+    def are_sorted(self) -> bool:
+        """Whether time never runs backwards within a user; not looked at, and taken for granted, off the CPU."""
+        if self.timestamps_T.device.type != "cpu" or self.layout.num_tokens == 0:
+            return True
+        same_user = self.layout.user_T[1:] == self.layout.user_T[:-1]
+        forward = bool((self.timestamps_T <= self.next_timestamps_T).all())
+        return forward and bool((self.timestamps_T.diff().ge(0) | ~same_user).all())
 
 
 def _pow(log1p, a, b):
@@ -113,25 +188,80 @@ def _pow_unit(log1p: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 def _pow_backward(log1p: Tensor, unit: Tensor, grad: Tensor, a: Tensor, b: Tensor) -> List[Tensor]:
     weighted = grad.mul_(unit)
-    return [weighted.sum(), -a * torch.dot(weighted.view(-1), log1p.reshape(-1))]
+    return [weighted.sum(), -a * _dot(weighted, log1p)]
+
+
+def _exp_unit(seconds: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    # Exponentials that underflow are slow on a CPU; the smallest normal number is as good as zero.
+    lowest = math.log(torch.finfo(seconds.dtype).tiny)
+    return seconds.clamp(min=0).mul_(-torch.exp(b)).clamp_(min=lowest).exp_()
+
+
+def _exp_backward(seconds: Tensor, unit: Tensor, grad: Tensor, a: Tensor, b: Tensor) -> List[Tensor]:
+    weighted = grad.mul_(unit)
+    return [weighted.sum(), -a * torch.exp(b) * _dot(weighted, seconds.clamp(min=0))]
+
+
+def _log_backward(seconds: Tensor, unit: Tensor, grad: Tensor, a: Tensor, b: Tensor, c: Tensor) -> List[Tensor]:
+    seconds = seconds.clamp(min=0)
+    inside = 1 + b * seconds
+    return [_dot(grad, torch.log(inside)), a * _dot(grad, seconds / inside), grad.sum()]
+
+
+def _linear_backward(seconds: Tensor, unit: Tensor, grad: Tensor, a: Tensor, b: Tensor) -> List[Tensor]:
+    return [_dot(grad, seconds), grad.sum()]
+
+
+def _sin_backward(seconds: Tensor, unit: Tensor, grad: Tensor, *p: Tensor) -> List[Tensor]:
+    a, b, c, _ = p
+    phase = a * seconds + b
+    by_phase = grad * torch.cos(phase)
+    return [c * _dot(by_phase, seconds), c * by_phase.sum(), _dot(grad, torch.sin(phase)), grad.sum()]
+
+
+def _mixed_backward(seconds: Tensor, unit: Tensor, grad: Tensor, *p: Tensor) -> List[Tensor]:
+    grad = grad.div_(5)
+    log1p = seconds.clamp(min=0).log1p()
+    parts = _pow_backward(log1p, _pow_unit(log1p, *p[:2]), grad.clone(), *p[:2])
+    parts += _exp_backward(seconds, _exp_unit(seconds, *p[2:4]), grad.clone(), *p[2:4])
+    parts += _log_backward(seconds, unit, grad, *p[4:7]) + _linear_backward(seconds, unit, grad, *p[7:9])
+    return parts + _sin_backward(seconds, unit, grad, *p[9:])
+
+
+def _nn_backward(seconds: Tensor, unit: Tensor, grad: Tensor, *p: Tensor) -> List[Tensor]:
+    weight_1, bias_1, weight_2, bias_2, weight_3, _ = p
+    x, grad = seconds.reshape(-1, 1), grad.reshape(-1, 1)
+    phase = x * weight_1[:, 0] + bias_1
+    first = torch.sin(phase)
+    inner = F.linear(first, weight_2, bias_2)
+    gate = torch.sigmoid(inner)
+    by_inner = (grad * weight_3) * (gate + inner * gate * (1 - gate))
+    by_phase = (by_inner @ weight_2) * torch.cos(phase)
+    by_1, by_2, by_3 = by_phase.T @ x, by_inner.T @ first, grad.T @ (inner * gate)
+    return [by_1, by_phase.sum(0), by_2, by_inner.sum(0), by_3, grad.sum(0)]
 
 
 def _bucketed_backward(bucket: Tensor, unit: Tensor, grad: Tensor, weight: Tensor) -> List[Tensor]:
     return [torch.zeros_like(weight).index_add_(0, bucket.flatten(), grad.flatten())]
 
 
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    return torch.dot(x.reshape(-1), y.reshape(-1))
+
+
 @dataclass(frozen=True)
 class TimeMap:
-    """f(feature, *params), its feature, and closed forms where autograd would be slow.
+    """f(feature, *params), its feature, and the closed form of its gradients.
 
-    With `unit`, f = params[0] * unit(feature, *params), and the factor is applied to the mixed output, which is smaller
-    than the map. `backward(feature, unit, grad, *params)` gives the parameters' gradients of sum(grad * f).
+    `backward(feature, unit, grad, *params)` gives the parameters' gradients of sum(grad * f) and overwrites grad. With
+    `unit`, f = params[0] * unit(feature, *params), and the factor is applied to the mixed output, which is smaller than
+    the map.
     """
 
     feature: str
     evaluate: Callable[..., Tensor]
+    backward: Callable[..., List[Tensor]]
     unit: Optional[Callable[..., Tensor]] = None
-    backward: Optional[Callable[..., List[Tensor]]] = None
 
     def factored(self, feature: Tensor, params: Sequence[Tensor]) -> Tensor:
         """A fresh tensor u with f = factor(params) * u."""
@@ -140,24 +270,16 @@ class TimeMap:
     def factor(self, params: Sequence[Tensor]) -> Optional[Tensor]:
         return None if self.unit is None else params[0]
 
-    def gradients(self, feature: Tensor, unit: Tensor, grad: Tensor, params: Sequence[Tensor]) -> List[Tensor]:
-        """The parameters' gradients of sum(grad * f(feature)); unit is `factored`'s; overwrites grad."""
-        if self.backward is not None:
-            return self.backward(feature, unit, grad, *params)
-        with torch.enable_grad():
-            leaves = [p.detach().requires_grad_() for p in params]
-            return list(torch.autograd.grad(self.evaluate(feature, *leaves), leaves, grad))
-
 
 TIME_MAPS: Dict[str, TimeMap] = {
-    "pow": TimeMap("log1p", _pow, _pow_unit, _pow_backward),
-    "exp": TimeMap("seconds", _exp),
-    "log": TimeMap("seconds", _log),
-    "linear": TimeMap("seconds", _linear),
-    "sin": TimeMap("seconds", _sin),
-    "mixed": TimeMap("seconds", _mixed),
-    "nn": TimeMap("seconds", _nn),
-    "bucketed": TimeMap("bucket", _bucketed, backward=_bucketed_backward),
+    "pow": TimeMap("log1p", _pow, _pow_backward, _pow_unit),
+    "exp": TimeMap("seconds", _exp, _exp_backward, _exp_unit),
+    "log": TimeMap("seconds", _log, _log_backward),
+    "linear": TimeMap("seconds", _linear, _linear_backward),
+    "sin": TimeMap("seconds", _sin, _sin_backward),
+    "mixed": TimeMap("seconds", _mixed, _mixed_backward),
+    "nn": TimeMap("seconds", _nn, _nn_backward),
+    "bucketed": TimeMap("bucket", _bucketed, _bucketed_backward),
 }
 """Parameters in order: pow a b; exp a b; log a b c; linear a b; sin a b c d; mixed those of pow, exp, log, linear and
 sin; nn weight and bias of its three layers; bucketed a table of NUM_BUCKETS + 1. (zero is no map: FuXi skips it.)"""

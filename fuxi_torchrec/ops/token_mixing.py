@@ -7,17 +7,24 @@ block".
 Shapes: T tokens, N padded length, H heads, d value size per head, C channels.
 """
 
-from typing import Literal, Optional, Sequence
+from typing import Literal, Optional, Sequence, get_args
 
+import torch
 from torch import Tensor
 
-from fuxi_torchrec.ops import mixing_native
+from fuxi_torchrec.ops import mixing_native, triton_mixing
 from fuxi_torchrec.ops.jagged import JaggedLayout
-from fuxi_torchrec.ops.mixing_blocked import mix_blocked
+from fuxi_torchrec.ops.mixing_linear import LINEAR_FORMS
+from fuxi_torchrec.ops.mixing_ops import make_features, mix_op
 from fuxi_torchrec.ops.mixing_reference import mix_reference
-from fuxi_torchrec.ops.time_maps import Channel, TimeGaps
+from fuxi_torchrec.ops.time_maps import CACHED_ENTRIES, Channel, TimeGaps
 
-Implementation = Literal["auto", "reference", "blocked", "native"]
+Implementation = Literal["auto", "reference", "exact", "blocked", "native", "linear", "triton"]
+
+LINEAR_FROM = 1024
+"""Users with more rows than this are mixed in linear time by `linear`, the others by `blocked`, which is faster there."""
+NATIVE_TO = 1024
+"""Batches whose longest user has at most this many rows are mixed by `native` where it can be had."""
 
 
 def mix_tokens(
@@ -37,15 +44,87 @@ def mix_tokens(
         gaps: the batch's time gaps; needed by temporal channels, shared by all blocks.
         implementation: "reference" is dense, padded and obvious; "blocked" is exact and causal in length groups and
             strips of rows, keeps no map and makes it again in backward; "native" is the same in C, for float32 on a CPU;
-            "auto" is the fastest for the input.
+            "linear" costs O(n log n) for long users, with sums of exponentials for `pow` (for 0.05 <= b <= 3) and `exp`,
+            and is blocked for other maps and shorter users; "triton" is a fused CUDA kernel (`triton_mixing`); "auto" is
+            the fastest for the input on a CPU, and on CUDA "triton" wherever its kernels know the channels, which no GPU
+            has timed yet; "exact" is the same without "linear".
 
     Returns:
         [T, H, C, d] in v's type: per head, the channels' outputs side by side, in the order given.
     """
-    assert channels, "at least one channel"
+    assert len(channels) > 0, "at least one channel"
     if implementation == "reference":
         return mix_reference(values_THd, layout, channels, gaps)
-    if implementation == "native" or implementation == "auto" and mixing_native.supports(values_THd, channels):
+    chosen = _kernels(values_THd, layout, channels, implementation)
+    if chosen == "triton":
+        return triton_mixing.triton_mix_tokens(values_THd, layout, channels, gaps)
+    if chosen == "native":
         return mixing_native.mix_native(values_THd, layout, channels, gaps)
-    assert implementation in ("auto", "blocked"), implementation
-    return mix_blocked(values_THd, layout, channels, gaps)
+    froms = [_linear_from(name, gaps, implementation) for name, _ in channels]
+    if len(set(froms)) == 1:
+        return _mix(values_THd, layout, channels, gaps, froms[0])
+    order, parts = [], []
+    for linear_from in (LINEAR_FROM, None):
+        chosen = [c for c, start in enumerate(froms) if start == linear_from]
+        parts.append(_mix(values_THd, layout, [channels[c] for c in chosen], gaps, linear_from))
+        order += chosen
+    mixed = torch.cat(parts, 2)
+    return mixed if order == sorted(order) else mixed[:, :, [order.index(c) for c in range(len(order))]]
+
+
+def _kernels(
+    values_THd: Optional[Tensor], layout: JaggedLayout, channels: Sequence[Channel], implementation: Implementation
+) -> Literal["triton", "native", "torch", "reference"]:
+    """Which code runs; values None: as far as it can be told from the parameters, for values of their type."""
+    assert implementation in get_args(Implementation), implementation
+    if implementation in ("reference", "triton", "native"):
+        return implementation
+    if implementation in ("auto", "exact"):
+        like = values_THd if values_THd is not None else next((p for _, ps in channels for p in ps), None)
+        if like is None:
+            return "torch"
+        if triton_mixing.can_mix(like, channels):
+            return "triton"
+        within = implementation == "exact" or layout.max_length <= NATIVE_TO
+        autocast = values_THd is None and torch.is_autocast_enabled(like.device.type)
+        if within and not autocast and mixing_native.supports(like, channels):
+            return "native"
+    return "torch"
+
+
+def _linear_from(name: str, gaps: Optional[TimeGaps], implementation: Implementation) -> Optional[int]:
+    if implementation in ("blocked", "exact") or name not in LINEAR_FORMS:
+        return None
+    # A scan over chunks takes time to run forwards.
+    return LINEAR_FROM if name in ("positional", "zero") or gaps.are_sorted else None
+
+
+def _mix(values_THd, layout, channels, gaps: Optional[TimeGaps], linear_from: Optional[int]) -> Tensor:
+    params = [p for _, ps in channels for p in ps]
+    nothing = values_THd.new_empty(0)
+    times = [nothing, nothing] if gaps is None else list(gaps.times[:2])
+    features = [nothing] * len(channels)
+    if gaps is not None:
+        features = [
+            gaps.features.get((name, linear_from, ps[0].dtype), nothing) if ps else nothing for name, ps in channels
+        ]
+    slots = layout.slots
+    slots = [slots.users_B5, slots.token_P, slots.slot_T, slots.padding_slots]
+    kinds = " ".join(name for name, _ in channels)
+    unit, tolerance = (1.0, 1e-6) if gaps is None else gaps.times[2:]
+    return mix_op(values_THd, times, slots, features, params, kinds, linear_from, unit, tolerance)
+
+
+def prepare(
+    layout: JaggedLayout, channels: Sequence[Channel], gaps: TimeGaps, implementation: Implementation = "auto"
+) -> None:
+    """Makes what `mix_tokens` reads of the times once for every block of a batch that has these channels."""
+    if _kernels(None, layout, channels, implementation) != "torch":
+        return  # these make it in registers
+    for name, params in channels:
+        if name in ("positional", "zero"):
+            continue
+        linear_from, dtype = _linear_from(name, gaps, implementation), params[0].dtype
+        key = (name, linear_from, dtype)
+        if key not in gaps.features:
+            gaps.features[key] = make_features(name, dtype, gaps.times, layout.slots, linear_from, CACHED_ENTRIES)

@@ -50,11 +50,20 @@ _log = logging.getLogger(__name__)
 
 
 def usable(*tensors: Tensor) -> bool:
-    """Whether the kernels exist here and take these tensors: float32 on a CPU, nothing being traced or compiled."""
-    if any(x.device.type != "cpu" or x.dtype != torch.float32 for x in tensors) or torch.compiler.is_compiling():
-        return False
-    # A fake or meta tensor has no memory to point at.
-    return all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors) and library() is not None
+    """Whether the kernels can run on these tensors' memory, here and now: nothing is being traced or compiled."""
+    if torch.compiler.is_compiling() or any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors):
+        return False  # a fake tensor has no memory to point at
+    return takes(*tensors)
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Whether the kernels exist here and are for such tensors: float32 on a CPU."""
+    return all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors) and _exist()
+
+
+@torch.compiler.assume_constant_result
+def _exist() -> bool:
+    return library() is not None
 
 
 def call(name: str, *arguments) -> None:

@@ -1,0 +1,84 @@
+"""What a step looks up, keeps and sends, counted from the config: bytes of a rank, for the planner and `fuxi-torchrec plan`.
+
+Expectations for users of mean length, items drawn evenly: skewed data repeat items more often and need less. No torch.
+"""
+
+import math
+from typing import Tuple
+
+from fuxi_torchrec.config import Config
+
+ID_BYTES, FLOAT_BYTES = 8, 4
+# Floats kept for backward, per token and block, in widths of the model: measured on no device, an upper guess.
+KEPT_WIDTHS = 24
+# A logit of a chunk of the loss, its exponential and a mask.
+LOGIT_BYTES = 2 * FLOAT_BYTES + 1
+# Matrices of the candidates' size that are alive at once: forward the embeddings (twice where ranks' counts differ) and
+# their gradient, backward the gradient kept, scaled, and laid out for the exchange. Of a rank's own candidates besides:
+# the normalised embeddings and the gradient that comes back.
+CANDIDATE_COPIES, OWN_COPIES = 3, 2
+
+
+def positions(config: Config, events: float) -> float:
+    """Supervised positions of a rank's batch, T. events: mean events of a user, before they are cut to the window."""
+    return config.data.batch_size * max(min(events, config.data.max_sequence_length + 1) - 1, 1)
+
+
+def ids_per_user(config: Config, num_items: int, events: float) -> Tuple[float, float]:
+    """Ids that an average user of a batch looks up: (events, negatives)."""
+    events = min(events, config.data.max_sequence_length + 1)
+    # In-batch negatives are events; a pool is looked up besides.
+    draws = float(_pool(config))
+    if config.loss.negatives == "per_token":
+        # Each drawn id is looked up once.
+        draws = distinct(config.loss.num_negatives * positions(config, events), num_items)
+    return events, draws / config.data.batch_size
+
+
+def distinct(draws: float, num_items: int) -> float:
+    """Expected number of different items among even draws with replacement; no other law has more."""
+    return num_items * -math.expm1(draws * math.log1p(-1 / num_items)) if num_items > 1 else 1.0
+
+
+def activation_bytes(config: Config, events: float) -> int:
+    """The tower's, kept for backward: a guess."""
+    width = config.model.embedding_dim
+    return round(KEPT_WIDTHS * positions(config, events) * width * config.model.num_blocks * FLOAT_BYTES)
+
+
+def candidates(config: Config, num_items: int, events: float) -> float:
+    """Candidates that a rank itself offers to its loss, in expectation."""
+    if config.loss.negatives == "per_token":
+        return ids_per_user(config, num_items, events)[1] * config.data.batch_size
+    in_batch = 0.0
+    if config.loss.negatives != "shared":
+        in_batch = distinct(positions(config, events), num_items)
+        in_batch = min(in_batch, config.loss.max_in_batch or math.inf)
+    return _pool(config) + in_batch
+
+
+def candidate_bytes(config: Config, num_items: int, events: float, world_size: int) -> int:
+    """Memory of the loss: the candidates that a rank's positions are set against, those of all ranks with
+    loss.cross_rank, with their gradient, and a chunk of logits."""
+    own, row = candidates(config, num_items, events), config.model.embedding_dim * FLOAT_BYTES
+    count = own * world_size if config.loss.cross_rank else own
+    logits = max(config.loss.chunk_logits, round(count)) * LOGIT_BYTES  # a chunk is one position at least
+    drawn = 0.0
+    if config.loss.negatives == "per_token":  # which of them each position has drawn
+        drawn = positions(config, events) * config.loss.num_negatives * FLOAT_BYTES
+    return round(own * OWN_COPIES * row + count * (CANDIDATE_COPIES * row + ID_BYTES) + drawn) + logits
+
+
+def candidate_traffic_bytes(config: Config, num_items: int, events: float, world_size: int) -> int:
+    """Bytes that a rank sends and receives for loss.cross_rank: every rank's candidates go to all, forward with their ids
+    and what logQ needs to know of them, and their gradients come back."""
+    if not config.loss.cross_rank:
+        return 0
+    row = 2 * config.model.embedding_dim * FLOAT_BYTES + ID_BYTES
+    if config.loss.log_q:
+        row += FLOAT_BYTES * (2 if config.loss.negatives in ("in_batch", "mixed") else 1)
+    return round(2 * (world_size - 1) * candidates(config, num_items, events) * row)
+
+
+def _pool(config: Config) -> int:
+    return 0 if config.loss.negatives == "in_batch" else config.loss.num_negatives + config.loss.uniform_negatives
