@@ -80,7 +80,8 @@ def test_a_job_outlives_its_workers_its_node_and_its_cancellation(slurm, small_d
     # kill -9 of all that a node runs: the step fails, and the job is queued again.
     slurm.kill(slurm.processes(handle, "n2"))
     requeued = step_of(run)
-    assert until(lambda: {values.get("SLURM_RESTART_COUNT") for values in slurm.workers(handle).values()} == {"1"}), slurm.said()
+    counts = lambda: {values.get("SLURM_RESTART_COUNT") for values in slurm.workers(handle).values()}  # noqa: E731
+    assert until(lambda: counts() == {"1"}), slurm.said()
     assert until(lambda: step_of(run) >= requeued + 10), slurm.said()
     # torchx cancel: Slurm sends SIGTERM, and every process saves.
     slurm.torchx("cancel", handle)
