@@ -123,8 +123,8 @@ def _run_training(config: Any, output: str, resume: bool) -> int:
         config.data.path = os.path.abspath(config.data.path)
     read_identity(config.data.path)  # before the seconds that importing torch takes
     _check_environment(config.trainer.device)
-    from fuxi_torchrec.dataset import SequenceDataset, check_splits
-    from fuxi_torchrec.faults import Interrupted, check_enough_data, check_same_start, fail_together
+    from fuxi_torchrec.dataset import SequenceDataset, check_enough_data, check_splits
+    from fuxi_torchrec.faults import Interrupted, check_same_start, fail_together
     from fuxi_torchrec.sharding import device_type, start_world
     from fuxi_torchrec.training import Trainer
 
@@ -133,7 +133,7 @@ def _run_training(config: Any, output: str, resume: bool) -> int:
     with start_world(trainer.device, trainer.timeout_minutes) as world, fail_together(world):
         dataset = SequenceDataset(config.data.path)
         check_same_start(world, config.to_dict(), output, dataset.identity.content_checksum)
-        check_enough_data(world, dataset.identity.num_users, config.data.path)
+        check_enough_data(dataset, world.size)
         check_splits(dataset, config.data)
         run, resume = _start_run(output, config, dataset, resume, world)
         try:
