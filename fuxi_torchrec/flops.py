@@ -67,8 +67,12 @@ def causal_pairs(lengths: Iterable[int]) -> int:
 def encoder_flops(config: ModelConfig, lengths: Iterable[int]) -> int:
     """Forward FLOPs of the tower on users of these lengths; the input step has no product."""
     lengths = list(lengths)
+    return _tower_flops(config, sum(lengths), causal_pairs(lengths))
+
+
+def _tower_flops(config: ModelConfig, tokens: int, pairs: int) -> int:
     cost = BLOCK_COSTS[config.encoder](config)
-    return config.num_blocks * (cost.per_token * sum(lengths) + cost.per_pair * causal_pairs(lengths))
+    return config.num_blocks * (cost.per_token * tokens + cost.per_pair * pairs)
 
 
 def loss_flops(tokens: int, candidates: int, width: int) -> int:
@@ -80,7 +84,12 @@ def loss_flops(tokens: int, candidates: int, width: int) -> int:
 def training_flops(config: ModelConfig, lengths: Iterable[int], candidates: int) -> int:
     """FLOPs of a training step on users of these lengths: tower and loss, forward and backward."""
     lengths = list(lengths)
-    forward = encoder_flops(config, lengths) + loss_flops(sum(lengths), candidates, config.embedding_dim)
+    return training_flops_of(config, sum(lengths), causal_pairs(lengths), candidates)
+
+
+def training_flops_of(config: ModelConfig, tokens: int, pairs: int, candidates: int) -> int:
+    """training_flops of users with `tokens` positions and `pairs` pairs in all: sums, so that a whole run's will do."""
+    forward = _tower_flops(config, tokens, pairs) + loss_flops(tokens, candidates, config.embedding_dim)
     return FORWARD_AND_BACKWARD * forward
 
 

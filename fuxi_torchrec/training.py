@@ -22,6 +22,7 @@ from fuxi_torchrec.dataset import SequenceDataset
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.evaluation import Stopped, evaluate, popularity
 from fuxi_torchrec.faults import Interrupted, signals
+from fuxi_torchrec.flops import causal_pairs, non_embedding_parameters, training_flops_of
 from fuxi_torchrec.loader import Position, TrainingStream, positions_after, prefetch, prefetch_depth
 from fuxi_torchrec.metrics import is_better
 from fuxi_torchrec.negatives import NegativeSampler, training_frequency
@@ -58,6 +59,7 @@ class Trainer:
         self.checkpoints = Checkpoints(run.checkpoints, config, num_items, world, beside, trained_by(plan, table))
         self.position = Position()
         self.users_seen = 0  # of the current epoch, over all ranks
+        self.tokens, self.pairs = 0, 0  # positions trained on since the first step, and their pairs j <= i, over all ranks
         self.best_value: Optional[float] = None
         self.without_better = 0
         self.evaluated_step = -1
@@ -86,6 +88,25 @@ class Trainer:
                 return self._final_evaluation()
         finally:
             self.progression.close()
+
+    def counted(self) -> Dict[str, Any]:
+        """What the run is made of and took so far: sizes, tokens (over all ranks and epochs, of an early end too) and exact
+        FLOPs, null where the number of a position's candidates changes from step to step."""
+        config, loss = self.config, self.config.loss
+        drawn = loss.num_negatives + loss.uniform_negatives
+        candidates = drawn * (self.world.size if loss.cross_rank else 1)
+        fixed = loss.negatives in ("per_token", "shared")
+        flops = training_flops_of(config.model, self.tokens, self.pairs, candidates) if fixed else None
+        return {
+            "processes": self.world.size,
+            "step": self.position.step,
+            "users": self.dataset.identity.num_users,
+            "items": self.dataset.identity.num_items,
+            "width": config.model.embedding_dim,
+            "non_embedding_parameters": non_embedding_parameters(config.model, config.padded_length),
+            "tokens": self.tokens,
+            "flops": flops,
+        }
 
     def _epoch(self) -> None:
         epoch, losses, rate = self.position.epoch, [], Rate()
@@ -156,9 +177,9 @@ class Trainer:
         self.learning_rate = learning_rate(self.config.optimizer, position.step, self._progress())
         prepare_step(self.optimizer, self.learning_rate)
         loss_sum = self.pipeline.forward(batch)
-        here = [batch.num_positions, len(batch.user_ids_B), stop]
+        here = [batch.num_positions, len(batch.user_ids_B), stop, causal_pairs(batch.host_lengths)]
         here = torch.tensor(here, dtype=torch.float64, device=self.world.device)
-        total, positions, users, stops = self.world.sum(torch.cat([loss_sum.detach().double()[None], here])).tolist()
+        total, positions, users, stops, pairs = self.world.sum(torch.cat([loss_sum.detach().double()[None], here])).tolist()
         if positions == 0:
             return None
         loss = total / positions
@@ -172,6 +193,7 @@ class Trainer:
         self.optimizer.step()
         self.position = position
         self.users_seen += int(users)
+        self.tokens, self.pairs = self.tokens + int(positions), self.pairs + int(pairs)
         return loss, int(positions), stops > 0
 
     def _diverged(self, batch: SequenceBatch, loss_sum: float, step: int) -> UserError:
@@ -260,6 +282,8 @@ class Trainer:
             "deals": [[position.to_dict() for position in world] for world in self.stream.deals],
             "metrics_bytes": self.run.metrics_size(),
             "users_seen": self.users_seen,
+            "tokens": self.tokens,
+            "pairs": self.pairs,
             "best_value": self.best_value,
             "without_better": self.without_better,
             "evaluated_step": self.evaluated_step,
@@ -277,7 +301,7 @@ class Trainer:
         if state is None:
             return
         self.position, self.stream.deals = positions_after(state, self.world.rank, self.world.size)
-        self.users_seen = state["users_seen"]
+        self.users_seen, self.tokens, self.pairs = (state.get(name, 0) for name in ("users_seen", "tokens", "pairs"))
         self.evaluated_step, self.evaluation_due = state["evaluated_step"], state["evaluation_due"]
         self.best_value, self.without_better = state["best_value"], state["without_better"]
 
