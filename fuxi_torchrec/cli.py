@@ -126,24 +126,31 @@ def _run_training(config: Any, output: str, resume: bool, profile: bool) -> int:
     _check_environment(config.trainer.device)
     from fuxi_torchrec.dataset import SequenceDataset, check_enough_data, check_splits
     from fuxi_torchrec.faults import Interrupted, check_same_start, fail_together
+    from fuxi_torchrec.outcome import recorded_outcome
     from fuxi_torchrec.sharding import device_type, start_world
     from fuxi_torchrec.training import Trainer
 
     trainer = config.trainer
     check_table(config, device_type(trainer.device))
-    with start_world(trainer.device, trainer.timeout_minutes) as world, fail_together(world):
+    world_of_all = start_world(trainer.device, trainer.timeout_minutes)
+    with recorded_outcome() as outcome, world_of_all as world, fail_together(world):
         dataset = SequenceDataset(config.data.path)
         check_same_start(world, config.to_dict(), output, dataset.identity.content_checksum)
         check_enough_data(dataset, world.size)
         check_splits(dataset, config.data)
         run, resume = _start_run(output, config, dataset, resume, world)
+        if world.is_main:
+            outcome.begin(run)
+        training = Trainer(config, dataset, run, world, resume, profile)
         try:
-            results = Trainer(config, dataset, run, world, resume, profile).fit()
+            results = training.fit()
         except Interrupted as stopped:
+            outcome.end("interrupted", str(stopped))
             if world.is_main:
                 print(f"{stopped} (saved in {output})", file=sys.stderr)
             return stopped.code
         if world.is_main:
+            outcome.end("finished", **training.counted())
             _print_splits(results, dataset, config, output)
     return 0
 

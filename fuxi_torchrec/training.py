@@ -19,7 +19,7 @@ from fuxi_torchrec.dataset import SequenceDataset
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.evaluation import Stopped, evaluate, popularity
 from fuxi_torchrec.faults import Interrupted, signals
-from fuxi_torchrec.flops import FORWARD_AND_BACKWARD, encoder_flops, loss_flops
+from fuxi_torchrec.flops import FORWARD_AND_BACKWARD, encoder_flops, loss_flops, non_embedding_parameters
 from fuxi_torchrec.hardware import peak_flops
 from fuxi_torchrec.loader import Position, TrainingStream, pinned, positions_after, prefetch, prefetch_depth
 from fuxi_torchrec.metrics import is_better
@@ -81,6 +81,7 @@ class Trainer:
         self.reads_every_step = world.device.type == "cpu"  # where it costs nothing
         self.position = Position()
         self.users_seen = 0  # of the current epoch, over all ranks
+        self.tokens, self.flops = 0, 0  # positions trained on since the first step and what they took, over all ranks
         self.best_value: Optional[float] = None
         self.without_better = 0
         self.evaluated_step = -1
@@ -112,6 +113,21 @@ class Trainer:
             if self.profile:
                 self.profile.close()
             self.progression.close()
+
+    def counted(self) -> Dict[str, Any]:
+        """What the run is made of and took so far: sizes, tokens (over all ranks and epochs, of an early end too) and exact
+        FLOPs."""
+        config = self.config
+        return {
+            "processes": self.world.size,
+            "step": self.position.step,
+            "users": self.dataset.identity.num_users,
+            "items": self.dataset.identity.num_items,
+            "width": config.model.embedding_dim,
+            "non_embedding_parameters": non_embedding_parameters(config.model, config.padded_length),
+            "tokens": self.tokens,
+            "flops": self.flops,
+        }
 
     def _epoch(self) -> None:
         epoch, device_type = self.position.epoch, self.world.device.type
@@ -198,6 +214,7 @@ class Trainer:
         self.users_seen += users
         if self.config.loss.cross_rank:
             flops += loss_flops(positions, candidates, self.config.model.embedding_dim)
+        self.tokens, self.flops = self.tokens + positions, self.flops + FORWARD_AND_BACKWARD * flops
         self.record.lap(positions, FORWARD_AND_BACKWARD * flops)
         return StepDone(loss, positions, stops > 0)
 
@@ -277,6 +294,8 @@ class Trainer:
             "deals": [[position.to_dict() for position in world] for world in self.stream.deals],
             "metrics_bytes": self.run.metrics_size(),
             "users_seen": self.users_seen,
+            "tokens": self.tokens,
+            "flops": self.flops,
             "best_value": self.best_value,
             "without_better": self.without_better,
             "evaluated_step": self.evaluated_step,
@@ -294,7 +313,7 @@ class Trainer:
         if state is None:
             return
         self.position, self.stream.deals = positions_after(state, self.world.rank, self.world.size)
-        self.users_seen = state["users_seen"]
+        self.users_seen, self.tokens, self.flops = (state.get(name, 0) for name in ("users_seen", "tokens", "flops"))
         self.evaluated_step, self.evaluation_due = state["evaluated_step"], state["evaluation_due"]
         self.best_value, self.without_better = state["best_value"], state["without_better"]
 
