@@ -84,12 +84,13 @@ def linear_forward(
     """Writes the mixed rows of users given as (first row, length); gaps: of the temporal channels, by their number."""
     H, d = v_THd.shape[1:]
     for c, (name, params) in enumerate(channels):
+        if name == "positional":
+            toeplitz_forward(y_THCd[:, :, c], v_THd, users, params[0])
+            continue
         for user, (first, n) in enumerate(users):
             y_nHd, v_nHd = y_THCd[first : first + n, :, c], v_THd[first : first + n]
             if name == "zero":
                 y_nHd.zero_()
-            elif name == "positional":
-                toeplitz_forward(y_nHd, v_nHd, params[0][:n])
             else:
                 factors = _factors(gaps[c], gaps[c].of_user(user), params[1])
                 mixed_MLE = scan_forward(chunked(v_nHd.flatten(1)), factors)
@@ -107,13 +108,14 @@ def linear_backward(
     """Adds these users' gradient to grad_v (contiguous) and returns the parameters'."""
     grad_params: List[Tensor] = []
     for c, (name, params) in enumerate(channels):
+        if name == "positional":
+            grad_params.append(toeplitz_backward(grad_v_THd, grad_THCd[:, :, c], v_THd, users, params[0]))
+            continue
         totals = [torch.zeros_like(p) for p in params]
         for user, (first, n) in enumerate(users):
             rows = slice(first, first + n)
             where = (grad_v_THd[rows], grad_THCd[rows, :, c], v_THd[rows])
-            if name == "positional":
-                totals[0][:n] += toeplitz_backward(*where, params[0][:n])
-            elif name != "zero":
+            if name != "zero":
                 for total, part in zip(totals, _temporal_backward(*where, gaps[c], user, params)):
                     total += part.view_as(total)
         grad_params += totals

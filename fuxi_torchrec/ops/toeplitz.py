@@ -1,58 +1,120 @@
-"""Causal Toeplitz products y[i] = Σ_{j <= i} weight[i - j] v[j] by FFT: O(n log n), and their gradients.
+"""Causal Toeplitz products y[i] = Σ_{j <= i} weight[i - j] v[j] by FFT, O(n log n), and their gradients.
 
-Columns are worked off some heads at a time, so that the transforms stay in the cache and memory is that of a few columns.
+On a CPU in float32 by the C kernel of `ops.native`, all users at once; otherwise by torch.fft, a user and some heads at a
+time, so that the transforms stay in the cache and memory is that of a few columns.
 
-Shapes: n rows of one user, H heads, d columns each, e columns of a transform, L its length, F = L / 2 + 1 frequencies.
+Shapes: T tokens, H heads, d columns each, E = H * d; n rows of one user, N weights (as many as the longest user has rows,
+or more), e columns of a transform, S its length, F frequencies.
 """
 
-from typing import List
+import functools
+import math
+from typing import List, NamedTuple, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
+from fuxi_torchrec.ops import native
+
 COLUMNS = 128
-"""Columns that are transformed together."""
+"""Columns that torch.fft transforms together."""
 
 
-def transform_length(rows: int) -> int:
-    """The smallest even 2^a 3^b 5^c that holds a causal product of `rows` rows without wrapping round."""
-    least, best = max(2, 2 * rows - 1), 1 << max(1, (2 * rows - 1).bit_length())
-    fives = 1
-    while fives < best:
-        threes = fives
-        while threes < best:
-            length = threes * 2
-            while length < least:
-                length *= 2
-            best = min(best, length)
-            threes *= 3
-        fives *= 5
-    return best
+def toeplitz_forward(y_THd: Tensor, v_THd: Tensor, users: Sequence[Tuple[int, int]], weight_N: Tensor) -> None:
+    """Writes the products of users given as (first row, length); weight[k] is that of lag k. Tensors may be strided."""
+    if native.usable(y_THd, v_THd, weight_N):
+        plan = _plan(tuple(users))
+        native.call("toeplitz_forward", *_rows(v_THd), *_rows(y_THd), weight_N.contiguous(), len(weight_N), *plan, _E(v_THd))
+        return
+    for first, n in users:
+        _forward(y_THd[first : first + n], v_THd[first : first + n], weight_N[:n])
 
 
-def toeplitz_forward(y_nHd: Tensor, v_nHd: Tensor, weight_n: Tensor) -> None:
-    """Writes the product into y; weight_n[k] is that of lag k. Every tensor may be strided."""
+def toeplitz_backward(
+    grad_v_THd: Tensor, grad_THd: Tensor, v_THd: Tensor, users: Sequence[Tuple[int, int]], weight_N: Tensor
+) -> Tensor:
+    """Adds v's gradient to grad_v (contiguous) and returns the weights', [N]."""
+    grad_weight_N = torch.zeros_like(weight_N)
+    if native.usable(grad_v_THd, grad_THd, v_THd, weight_N):
+        weights = (grad_v_THd, weight_N.contiguous(), grad_weight_N, len(weight_N))
+        native.call("toeplitz_backward", *_rows(v_THd), *_rows(grad_THd), *weights, *_plan(tuple(users)), _E(v_THd))
+        return grad_weight_N
+    for first, n in users:
+        rows = slice(first, first + n)
+        grad_weight_N[:n] += _backward(grad_v_THd[rows], grad_THd[rows], v_THd[rows], weight_N[:n])
+    return grad_weight_N
+
+
+def transform_length(least: int) -> int:
+    """The smallest 2^a, 3 * 2^a or 5 * 2^a that is not below `least`."""
+    return min(odd << max(0, math.ceil(math.log2(least / odd))) for odd in (1, 3, 5))
+
+
+class _Plan(NamedTuple):
+    """users_U4: first row, length, S and the place of its table; sizes_2: every S and that place; tables_S4: for each S,
+    its roots of unity and twists (toeplitz.c); rows of tables_S4."""
+
+    users_U4: Tensor
+    users: int
+    sizes_2: Tensor
+    sizes: int
+    tables_S4: Tensor
+    rows: int
+
+
+@functools.lru_cache(maxsize=8)
+def _plan(users: Tuple[Tuple[int, int], ...]) -> _Plan:
+    lengths = {n: transform_length(n) for _, n in users}
+    sizes, places, rows = sorted(set(lengths.values())), {}, 0
+    for size in sizes:
+        places[size] = rows
+        rows += size
+    users_U4 = torch.tensor([(first, n, lengths[n], places[lengths[n]]) for first, n in users])
+    sizes_2 = torch.tensor(list(places.items()))
+    return _Plan(users_U4, len(users), sizes_2, len(sizes), torch.cat([_table(size) for size in sizes]), rows)
+
+
+@functools.lru_cache(maxsize=64)
+def _table(size: int) -> Tensor:
+    k = torch.arange(size, dtype=torch.float64) * math.pi / size
+    return torch.stack([torch.cos(2 * k), -torch.sin(2 * k), torch.cos(k / 2), torch.sin(k / 2)], 1).float()
+
+
+def _rows(x_THd: Tensor) -> Tuple[Tensor, int, Tensor]:
+    """A strided tensor as the kernel takes it: its memory, the distance between rows, the places of a row's columns."""
+    return x_THd, x_THd.stride(0), _columns(*x_THd.shape[1:], *x_THd.stride()[1:])
+
+
+@functools.lru_cache(maxsize=64)
+def _columns(heads: int, width: int, head_stride: int, stride: int) -> Tensor:
+    return (torch.arange(heads)[:, None] * head_stride + torch.arange(width) * stride).flatten()
+
+
+def _E(x_THd: Tensor) -> int:
+    return x_THd.shape[1] * x_THd.shape[2]
+
+
+def _forward(y_nHd: Tensor, v_nHd: Tensor, weight_n: Tensor) -> None:
     n, H, d = v_nHd.shape
-    L = transform_length(n)
-    weight_F = torch.fft.rfft(weight_n.to(_wide_type(v_nHd)), n=L)
+    S = transform_length(2 * n)
+    weight_F = torch.fft.rfft(weight_n.to(_wide_type(v_nHd)), n=S)
     for heads in _head_pieces(H, d):
-        spectrum_eF = _spectrum(v_nHd[:, heads], L)
+        spectrum_eF = _spectrum(v_nHd[:, heads], S)
         spectrum_eF *= weight_F
-        _write_columns(y_nHd[:, heads], torch.fft.irfft(spectrum_eF, n=L))
+        _columns_to_rows(torch.fft.irfft(spectrum_eF, n=S), y_nHd[:, heads], Tensor.copy_)
 
 
-def toeplitz_backward(grad_v_nHd: Tensor, grad_nHd: Tensor, v_nHd: Tensor, weight_n: Tensor) -> Tensor:
-    """Adds v's gradient to grad_v and returns the weights' [n]."""
+def _backward(grad_v_nHd: Tensor, grad_nHd: Tensor, v_nHd: Tensor, weight_n: Tensor) -> Tensor:
     n, H, d = v_nHd.shape
-    L = transform_length(n)
-    weight_F = torch.fft.rfft(weight_n.to(_wide_type(v_nHd)), n=L).conj().resolve_conj()
+    S = transform_length(2 * n)
+    weight_F = torch.fft.rfft(weight_n.to(_wide_type(v_nHd)), n=S).conj().resolve_conj()
     grad_weight_F = torch.zeros_like(weight_F)
     for heads in _head_pieces(H, d):
-        grad_eF = _spectrum(grad_nHd[:, heads], L)
-        grad_weight_F += torch.linalg.vecdot(_spectrum(v_nHd[:, heads], L), grad_eF, dim=0)
+        grad_eF = _spectrum(grad_nHd[:, heads], S)
+        grad_weight_F += torch.linalg.vecdot(_spectrum(v_nHd[:, heads], S), grad_eF, dim=0)
         grad_eF *= weight_F
-        _add_columns(grad_v_nHd[:, heads], torch.fft.irfft(grad_eF, n=L))
-    return torch.fft.irfft(grad_weight_F, n=L)[:n]
+        _columns_to_rows(torch.fft.irfft(grad_eF, n=S), grad_v_nHd[:, heads], Tensor.add_)
+    return torch.fft.irfft(grad_weight_F, n=S)[:n]
 
 
 def _wide_type(x: Tensor) -> torch.dtype:
@@ -68,16 +130,11 @@ def _spectrum(x_nHd: Tensor, length: int) -> Tensor:
     """[e, F]: the columns' transforms, zero-padded to `length`."""
     x_ne = x_nHd.to(_wide_type(x_nHd)).reshape(len(x_nHd), -1)
     # Contiguous to contiguous is what PyTorch transposes fast.
-    padded_eL = x_ne.new_zeros(x_ne.shape[1], length)
-    padded_eL[:, : len(x_ne)] = x_ne.contiguous().T.contiguous()
-    return torch.fft.rfft(padded_eL)
+    padded_eS = x_ne.new_zeros(x_ne.shape[1], length)
+    padded_eS[:, : len(x_ne)] = x_ne.contiguous().T.contiguous()
+    return torch.fft.rfft(padded_eS)
 
 
-def _write_columns(out_nHd: Tensor, columns_eL: Tensor) -> None:
+def _columns_to_rows(columns_eS: Tensor, out_nHd: Tensor, how) -> None:
     n, H, d = out_nHd.shape
-    out_nHd.copy_(columns_eL[:, :n].view(H, d, n).permute(2, 0, 1))
-
-
-def _add_columns(out_nHd: Tensor, columns_eL: Tensor) -> None:
-    n, H, d = out_nHd.shape
-    out_nHd += columns_eL[:, :n].view(H, d, n).permute(2, 0, 1)
+    how(out_nHd, columns_eS[:, :n].view(H, d, n).permute(2, 0, 1))

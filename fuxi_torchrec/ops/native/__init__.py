@@ -41,6 +41,8 @@ _SIGNATURES = {
     "unit_rows_backward": "ttttiif",
     "sampled_softmax_tokens": "t" * 10 + "iiiffi",
     "sampled_softmax_candidates": "tttt" + "iiiif",
+    "toeplitz_forward": "tittit" + "titititii",
+    "toeplitz_backward": "tittitttt" + "ititi" + "tii",
     "mix_forward": "titttttt" + "iiiiiiii" + "fff",
     "mix_backward": "titttttttt" + "t" + "iiiiiiii" + "fff",
 }
