@@ -130,19 +130,20 @@ def test_every_launch_compiles_to_machine_code(compiler, what, dtype, capability
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("d", [11, 16, 64])
+@pytest.mark.parametrize("d", [11, 64])
 @pytest.mark.parametrize("what", ["positional", *jobs.FORMS, "shared", "per_token"])
 def test_every_tile_size_compiles_to_machine_code(compiler, what, d):
     for capability in LIMITS:
-        for dtype in ("float32",) if what in KERNELS else ("float32", "bfloat16", "float16"):
+        for dtype in ("float32",) if what in KERNELS else ("float32", "bfloat16"):
             kernels = compiler(jobs.compiled, what, getattr(torch, dtype), capability, every_tile=True, d=d)
             check_compiled(kernels, what, dtype, capability)
+            print(*(f"{dtype} sm{capability} {k[0]} {k[1]} shared {k[2]} stack {k[3]}" for k in kernels), sep="\n")
 
 
 def check_compiled(kernels, what, dtype, capability):
     mixing = {"mix_forward", "mix_backward_values", "mix_backward_maps"}
     assert {name for name, *_ in kernels} == KERNELS.get(what, mixing)
-    for name, tiles, shared_memory, has_tensor_cores in kernels:
+    for name, tiles, shared_memory, _, has_tensor_cores in kernels:
         assert shared_memory <= LIMITS[capability], (name, tiles)
         assert has_tensor_cores == (dtype != "float32"), (name, tiles)
 

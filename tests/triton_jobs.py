@@ -3,7 +3,10 @@ there. Triton decides at its first import whether it interprets, so one process 
 
 import multiprocessing
 import os
+import re
+import subprocess
 import sys
+import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from types import SimpleNamespace
 
@@ -231,15 +234,27 @@ def _compile_instead_of_launching():
             sizes = grid(config.kwargs) if callable(grid) else grid
             assert all(size > 0 for size in sizes) and all(size < 2**16 for size in sizes[1:])
             kernel = tuner.fn.warmup(*args, grid=sizes, **kwargs, **config.all_kwargs())
-            _compiled.append((tuner.fn.__name__, config.kwargs, kernel.metadata.shared, kernel.asm["ptx"]))
-            assert kernel.asm["cubin"]
+            resources = kernel.metadata.shared, _stack_bytes(kernel.asm["cubin"]), "mma" in kernel.asm["ptx"]
+            _compiled.append((tuner.fn.__name__, config.kwargs, *resources))
 
     Autotuner.run = compile_all
 
 
-def compiled(what, dtype, capability, every_tile=False, heads=4, d=64):
+def _stack_bytes(cubin):
+    """Bytes of a thread's stack: spilled registers (and what a sine needs for large arguments)."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"STACK:(\d+)", usage)[1])
+
+
+def compiled(what, dtype, capability, every_tile=False, heads=4, d=16):
     """Runs a forward and backward whose launches are compiled; what is a form of the temporal map, "positional",
-    "shared" or "per_token". Returns [(kernel, tiles, bytes of shared memory, whether it uses tensor cores)]."""
+    "shared" or "per_token". Returns [(kernel, tiles, bytes of shared memory, of stack, whether on tensor cores)]."""
     global _every_tile, _capability
     _every_tile, _capability = every_tile, capability
     _compiled.clear()
@@ -261,4 +276,4 @@ def compiled(what, dtype, capability, every_tile=False, heads=4, d=64):
         channels = [(n, [p.requires_grad_() for p in parameters(n, 100)]) for n in names]
         out = mix_tokens(values, layout, channels, TimeGaps(t, t + 1, layout), "triton")
         out.backward(torch.ones_like(out))
-    return [(name, tiles, memory, "mma" in ptx) for name, tiles, memory, ptx in _compiled]
+    return list(_compiled)

@@ -106,8 +106,8 @@ def tiles(kernel: str, half: bool, width: int, interpreting: bool) -> List[Tiles
     """Tile sizes that are tried for a kernel; none is wider than values of E = `width` need.
 
     Half precision runs on tensor cores and wants wide tiles, since a map's entries are made again for each tile of E;
-    float32 products are unrolled multiply-adds, kept short. Of the sizes that fit, these are compiled without spilled
-    registers or nearly so (sm80 and sm90, pow; see docs/triton.md); which is fastest, the first call finds out.
+    float32 products are unrolled multiply-adds, kept short. Of the sizes that fit, these are compiled with few registers
+    spilled or none (sm80 and sm90; docs/triton.md); which is fastest, the first call finds out.
     """
     if kernel == "mix_backward_maps":
         if interpreting:
@@ -121,7 +121,7 @@ def tiles(kernel: str, half: bool, width: int, interpreting: bool) -> List[Tiles
         elif half:
             sizes = [(64, 32, 64, 4, 3), (128, 32, 64, 8, 3), (64, 32, 128, 8, 3), (64, 64, 128, 8, 3)]
         else:
-            sizes = [(64, 16, 32, 4, 2), (64, 16, 64, 4, 2), (64, 32, 64, 8, 2), (64, 16, 128, 8, 2)]
+            sizes = [(64, 16, 32, 4, 2), (32, 16, 64, 4, 2), (64, 16, 64, 8, 2), (32, 16, 128, 8, 2)]
         # The tile that stays (rows of the output, or of v's gradient), the one that moves along, values.
         names = ("BLOCK_M", "BLOCK_N", "BLOCK_E") if kernel == "mix_forward" else ("BLOCK_N", "BLOCK_M", "BLOCK_E")
     *_, narrowest, _, _ = sizes[0]
