@@ -54,14 +54,11 @@ def _losses(study: "Study") -> Any:
     _panel(axes[1], D, N, L, lambda d, n: law.loss(n, d), "training tokens D", "N = {}")
     axes[0].set_ylabel("cross-entropy on held-out events, nats")
     for axis in axes:
-        axis.axhline(law.E, color="black", linewidth=1, linestyle=":")
+        axis.axhline(law.E, color="black", linewidth=1, linestyle=":", label=f"fitted E = {law.E:.3f}")
         if study.floor is not None:
-            axis.axhline(study.floor, color="tab:red", linewidth=1, linestyle="--")
-    axes[0].annotate(f"fitted E = {law.E:.3f}", (0.02, law.E), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
-    if study.floor is not None:
-        where = {"xycoords": ("axes fraction", "data"), "va": "top", "fontsize": 8, "color": "tab:red"}
-        axes[0].annotate(f"floor of the data = {study.floor:.3f}", (0.02, study.floor), **where)
-    axes[0].margins(y=0.08)
+            floor = f"floor of the data = {study.floor:.3f}"
+            axis.axhline(study.floor, color="tab:red", linewidth=1, linestyle="--", label=floor)
+        axis.legend(fontsize=8)
     figure.suptitle(study.label)
     return figure
 
@@ -77,7 +74,6 @@ def _panel(axis: Any, x: np.ndarray, other: np.ndarray, L: np.ndarray, loss: Cal
     axis.set_xscale("log")
     axis.set_xlabel(label)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
 
 
 def _compute(studies: List["Study"]) -> Any:
