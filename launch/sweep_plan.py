@@ -157,7 +157,7 @@ def _name(varying: Dict[str, Any], identity: str) -> str:
     for key, value in varying.items():
         text = os.path.basename(value.rstrip("/")) if isinstance(value, str) else json.dumps(value)
         parts.append(f"{key.split('.')[-1]}-{text}")
-    readable = re.sub(r"[^A-Za-z0-9.+-]+", "-", "_".join(parts)).strip("-")[:LONGEST_NAME]
+    readable = re.sub(r"[^A-Za-z0-9.+_-]+", "-", "_".join(parts)).strip("-")[:LONGEST_NAME]
     digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
     return f"{readable}-{digest}" if readable else f"run-{digest}"
 
