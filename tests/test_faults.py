@@ -17,13 +17,13 @@ COMPARED = """
 import torch
 from fuxi_torchrec.checkpoint import Checkpoints
 read = Checkpoints._read
-def compared(self, name, marker, model, optimizer):
-    state = read(self, name, marker, model, optimizer)
+def compared(self, name, model, optimizer):
+    found = read(self, name, model, optimizer)
     saved = torch.load(os.environ["SAVED"])["model"]
     if optimizer is not None:
         assert all(torch.equal(value, saved[key]) for key, value in model.state_dict().items())
         print("the same model", file=sys.stderr)
-    return state
+    return found
 Checkpoints._read = compared
 """
 

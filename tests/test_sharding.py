@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from dataclasses import replace
 
+import checkpoint_jobs
 import pytest
 import resharding_jobs as reshards
 import sharding_jobs as jobs
@@ -139,6 +140,61 @@ def test_a_score_that_is_not_finite_is_the_same_error_on_every_rank(run, small_d
     messages = run(jobs.poisoned_metrics, 2, tiny(small_dataset, "row_wise"))
     assert messages[0] == messages[1]
     assert "non-finite score for user" in messages[0]
+
+
+SWITCHES = [
+    (2, "row_wise", 2, "row_wise", True),
+    (2, "row_wise", 1, "row_wise", True),
+    (1, "table_wise", 4, "row_wise", True),
+    (4, "row_wise", 2, "table_wise", True),
+    (3, "row_wise", 2, "column_wise", False),  # a row's Adagrad sum would be another one
+    (2, "column_wise", 4, "row_wise", False),
+    (2, "row_wise", 1, "replicated", False),
+]
+
+
+@pytest.mark.parametrize("before, old, after, new, with_optimizer", SWITCHES)
+def test_a_table_loads_to_the_bit_however_it_was_and_is_cut(
+    run, small_dataset, tmp_path, before, old, after, new, with_optimizer
+):
+    items, width = 3001, 8
+    run(checkpoint_jobs.save, before, tiny(small_dataset, old), items, str(tmp_path))
+    results = run(checkpoint_jobs.load, after, tiny(small_dataset, new), items, str(tmp_path), with_optimizer)
+    table = torch.full((items, width), -1.0)
+    sums = torch.full((items,), -1.0)
+    for _, _, parts, states, _ in results:
+        for row, column, part in parts:
+            table[row : row + part.shape[0], column : column + part.shape[1]] = part
+        for _, row, values in states:
+            sums[row : row + len(values)] = values.reshape(len(values), -1)[:, 0]
+    assert torch.equal(table, 1 + torch.arange(items)[:, None] + torch.arange(width) / 64)
+    assert not with_optimizer or torch.equal(sums, 1 + torch.arange(items, dtype=torch.float32))
+    # A rank reads its own part, in whole blocks, beside what all ranks need.
+    if (old, new) == ("table_wise", "row_wise"):
+        files = sum(path.stat().st_size for path in tmp_path.glob("step-*/*"))
+        assert max(read for *_, read in results) < 0.6 * files
+
+
+def test_damage_that_one_rank_meets_makes_all_ranks_take_the_checkpoint_before(run, small_dataset, tmp_path):
+    config, items = tiny(small_dataset, "row_wise"), 3001
+    run(checkpoint_jobs.save, 2, config, items, str(tmp_path), 2)
+    shard = tmp_path / "step-00000002" / "__1_0.distcp"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    for said, step, parts, states, _ in run(checkpoint_jobs.load, 2, config, items, str(tmp_path), True):
+        assert len(said) == 1 and "__1_0.distcp has another checksum than when it was written" in said[0]
+        assert step == 1
+        for row, _, part in parts:
+            assert torch.equal(part[:, 0], 1 + torch.arange(row, row + len(part), dtype=torch.float32))
+        for _, row, values in states:
+            assert torch.equal(values.flatten(), 1 + torch.arange(row, row + len(values), dtype=torch.float32))
+
+
+def test_loading_a_table_takes_no_second_copy_of_it(run, small_dataset, tmp_path):
+    results = run(checkpoint_jobs.memory_of_loading, 2, tiny(small_dataset, "row_wise"), 4_000_000, str(tmp_path))
+    for more, table in results:
+        assert table == 64_000_000 and more < 0.25 * table
 
 
 CHAINS = {
