@@ -167,7 +167,7 @@ def check_splits(dataset: SequenceDataset, config: DataConfig) -> None:
 
 
 def check_enough_data(dataset: SequenceDataset, processes: int) -> None:
-    """Raises UserError for more processes than users."""
+    """Raises UserError for more processes than users, who are what is dealt to ranks."""
     users = dataset.identity.num_users
     if users < processes:
         raise UserError(f"{dataset.folder}: {users} users are too few for {processes} processes; use at most {users}")

@@ -148,6 +148,8 @@ def distribute(model: SequenceRecommender, world: World, plan: ShardingPlan) -> 
             device=world.device,
             plan=plan,
             sharders=[planning.sharder(world.device.type)] if plan.plan else [],
+            # DDP copies every gradient into its buckets, also where there is nobody to average with.
+            init_data_parallel=world.size > 1,
         )
 
 

@@ -32,9 +32,9 @@ def train(
     nnodes: int = 1,
     nproc_per_node: int = 0,
     h: Optional[str] = None,
-    cpu: Optional[int] = None,
-    gpu: Optional[int] = None,
-    memMB: Optional[int] = None,
+    cpu: int = 0,
+    gpu: int = 0,
+    memMB: int = 0,
     devices: Optional[Dict[str, str]] = None,
     image: Optional[str] = None,
     mounts: Optional[List[str]] = None,
@@ -54,10 +54,10 @@ def train(
         resume: True goes on with a run that is already at --output, which is refused otherwise
         nnodes: nodes, all of which the job waits for
         nproc_per_node: processes a node; 0: as many as GPUs, or one without GPUs
-        h: what a node has, by name: h100x8, a100x8, cpu, or a named resource of TorchX's; cpu, gpu and memMB go before it
-        cpu: CPU cores a node; they are shared out among its processes' threads (default without h: one a process)
-        gpu: GPUs a node
-        memMB: memory a node, in MB (default without h: whatever the scheduler gives)
+        h: what a node has, by name: h100x8, a100x8, cpu, or a named resource of TorchX's
+        cpu: CPU cores a node, shared out among its processes' threads; 0: as h says, or one a process
+        gpu: GPUs a node; 0: as h says, or none
+        memMB: memory a node, in MB; 0: as h says, or whatever the scheduler gives
         devices: further devices a node (Kubernetes): rdma/ib=8
         image: container image to run in, where the scheduler runs containers; paths are then the image's
         mounts: type=volume,src=CLAIM,dst=/data or type=bind,src=/host,dst=/data[,readonly], one after the other
@@ -81,9 +81,9 @@ def evaluate(
     nnodes: int = 1,
     nproc_per_node: int = 0,
     h: Optional[str] = None,
-    cpu: Optional[int] = None,
-    gpu: Optional[int] = None,
-    memMB: Optional[int] = None,
+    cpu: int = 0,
+    gpu: int = 0,
+    memMB: int = 0,
     devices: Optional[Dict[str, str]] = None,
     image: Optional[str] = None,
     mounts: Optional[List[str]] = None,
@@ -99,10 +99,10 @@ def evaluate(
         run: run folder; the metrics are added to its metrics.jsonl
         nnodes: nodes, all of which the job waits for
         nproc_per_node: processes a node; 0: as many as GPUs, or one without GPUs
-        h: what a node has, by name: h100x8, a100x8, cpu, or a named resource of TorchX's; cpu, gpu and memMB go before it
-        cpu: CPU cores a node; they are shared out among its processes' threads (default without h: one a process)
-        gpu: GPUs a node
-        memMB: memory a node, in MB (default without h: whatever the scheduler gives)
+        h: what a node has, by name: h100x8, a100x8, cpu, or a named resource of TorchX's
+        cpu: CPU cores a node, shared out among its processes' threads; 0: as h says, or one a process
+        gpu: GPUs a node; 0: as h says, or none
+        memMB: memory a node, in MB; 0: as h says, or whatever the scheduler gives
         devices: further devices a node (Kubernetes): rdma/ib=8
         image: container image to run in, where the scheduler runs containers; paths are then the image's
         mounts: type=volume,src=CLAIM,dst=/data or type=bind,src=/host,dst=/data[,readonly], one after the other
@@ -121,8 +121,8 @@ def evaluate(
 def prepare(
     *arguments: str,
     h: Optional[str] = None,
-    cpu: Optional[int] = None,
-    memMB: Optional[int] = None,
+    cpu: int = 0,
+    memMB: int = 0,
     image: Optional[str] = None,
     mounts: Optional[List[str]] = None,
     env: Optional[Dict[str, str]] = None,
@@ -133,9 +133,9 @@ def prepare(
 
     Args:
         arguments: of 'fuxi-torchrec prepare', last: events --source log.csv --user-column user … --output data/mine
-        h: what the node has, by name: cpu, or a named resource of TorchX's; cpu and memMB go before it
-        cpu: CPU cores (default without h: 1)
-        memMB: memory in MB (default without h: whatever the scheduler gives)
+        h: what the node has, by name: cpu, or a named resource of TorchX's
+        cpu: CPU cores; 0: as h says, or one
+        memMB: memory in MB; 0: as h says, or whatever the scheduler gives
         image: container image to run in, where the scheduler runs containers; paths are then the image's
         mounts: type=volume,src=CLAIM,dst=/data or type=bind,src=/host,dst=/data[,readonly], one after the other
         env: environment of the process: NAME=VALUE,NAME=VALUE
@@ -153,9 +153,9 @@ def sweep(
     *options: str,
     config: str,
     h: Optional[str] = None,
-    cpu: Optional[int] = None,
-    gpu: Optional[int] = None,
-    memMB: Optional[int] = None,
+    cpu: int = 0,
+    gpu: int = 0,
+    memMB: int = 0,
     image: Optional[str] = None,
     mounts: Optional[List[str]] = None,
     env: Optional[Dict[str, str]] = None,
@@ -167,10 +167,10 @@ def sweep(
     Args:
         options: of 'python -m launch.sweep', after a double dash
         config: YAML file of the sweep: configs/sweeps/…
-        h: what the node has, by name: h100x8, a100x8, cpu, or a named resource of TorchX's; cpu, gpu and memMB go before it
-        cpu: CPU cores (default without h: one a GPU, at least 1)
-        gpu: GPUs
-        memMB: memory in MB (default without h: whatever the scheduler gives)
+        h: what the node has, by name: h100x8, a100x8, cpu, or a named resource of TorchX's
+        cpu: CPU cores; 0: as h says, or one a GPU, at least one
+        gpu: GPUs; 0: as h says, or none
+        memMB: memory in MB; 0: as h says, or whatever the scheduler gives
         image: container image to run in, where the scheduler runs containers; paths are then the image's
         mounts: type=volume,src=CLAIM,dst=/data or type=bind,src=/host,dst=/data[,readonly], one after the other
         env: environment of the processes: NAME=VALUE,NAME=VALUE

@@ -55,7 +55,7 @@ def torchrun(nodes: int, processes: int, restarts: int, port: int, python: str, 
     if nodes == 1:
         meeting = f"--rdzv-endpoint localhost:0 --rdzv-id {macros.app_id} --rdzv-conf {timeouts}"
     else:
-        first = f"$$([ {macros.replica_id} = 0 ] && echo 1 || echo 0)"
+        first = f"$$(({macros.replica_id} == 0))"
         endpoint = f'"$${{{macros.rank0_env}:=localhost}}:{port}"'
         meeting = f"--rdzv-endpoint {endpoint} --rdzv-id {macros.app_id} --rdzv-conf {timeouts},is_host={first}"
     # exec: torchrun itself is what the scheduler signals, and a pod's first process.

@@ -17,33 +17,28 @@ HOSTS: Dict[str, Resource] = {
 
 
 def resource(
-    name: Optional[str],
-    cpu: Optional[int],
-    gpu: Optional[int],
-    memMB: Optional[int],
-    processes: int,
-    devices: Optional[Dict[str, str]],
+    name: Optional[str], cpu: int, gpu: int, memMB: int, processes: int, devices: Optional[Dict[str, str]]
 ) -> Resource:
-    """A node's TorchX resource: the named host's, where an argument does not say otherwise.
+    """A node's TorchX resource: the named host's, where a number is 0.
 
     Args:
         name: of HOSTS, or a named resource of TorchX's; None: one core a process, no GPU, the scheduler's own memory limit.
         processes: a node's; 0 where there shall be as many as GPUs.
         devices: further devices a node, as {"rdma/ib": "8"}; Kubernetes alone hands them out.
     """
-    for key, value, least in (("cpu", cpu, 1), ("gpu", gpu, 0), ("memMB", memMB, 1)):
-        if value is not None and value < least:
-            raise UserError(f"--{key}: {value} is too small; it must be at least {least}")
-    host = _host(name) if name else Resource(cpu=cpu or max(processes, gpu or 0, 1), gpu=0, memMB=-1)
+    for key, value in (("cpu", cpu), ("gpu", gpu), ("memMB", memMB)):
+        if value < 0:
+            raise UserError(f"--{key}: {value} is too small; 0 takes the host's")
+    host = _host(name) if name else Resource(cpu=max(processes, gpu, 1), gpu=0, memMB=-1)
     counts: Dict[str, int] = {}
     for device, count in (devices or {}).items():
         if not count.isdigit() or int(count) < 1:
             raise UserError(f"--devices: {device}={count}: the count must be a whole number above 0")
         counts[device] = int(count)
     return Resource(
-        cpu=host.cpu if cpu is None else cpu,
-        gpu=host.gpu if gpu is None else gpu,
-        memMB=host.memMB if memMB is None else memMB,
+        cpu=cpu or host.cpu,
+        gpu=gpu or host.gpu,
+        memMB=memMB or host.memMB,
         capabilities=dict(host.capabilities),
         devices={**host.devices, **counts},
     )

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Dict, List, Optional, Tuple
 
-from torchx.specs import AppDef, Resource, Role, parse_mounts
+from torchx.specs import AppDef, Role, parse_mounts
 
 from fuxi_torchrec.errors import UserError
 from launch import checks
@@ -23,9 +23,9 @@ class Place:
     nnodes: int = 1
     nproc_per_node: int = 0
     h: Optional[str] = None
-    cpu: Optional[int] = None
-    gpu: Optional[int] = None
-    memMB: Optional[int] = None
+    cpu: int = 0
+    gpu: int = 0
+    memMB: int = 0
     devices: Optional[Dict[str, str]] = None
     image: Optional[str] = None
     mounts: Optional[List[str]] = None
@@ -41,13 +41,11 @@ class Place:
                 raise UserError(f"--{key}: {getattr(self, key)} is too small; it must be at least {least}")
         if not 0 < self.rdzv_port < 65536:
             raise UserError(f"--rdzv_port: {self.rdzv_port} is no port; take one from 1 to 65535")
-        self.resource: Resource = resource(
-            self.h, self.cpu, self.gpu, self.memMB, self.nproc_per_node, self.devices
-        )
+        self.resource = resource(self.h, self.cpu, self.gpu, self.memMB, self.nproc_per_node, self.devices)
         gpus = self.resource.gpu
         self.processes = self.nproc_per_node or max(gpus, 1)
         if 0 < gpus < self.processes:
-            where = f"-h {self.h}" if self.h and self.gpu is None else "--gpu"
+            where = "--gpu" if self.gpu else f"-h {self.h}"
             raise UserError(f"--nproc_per_node: {self.processes} processes are more than the {gpus} GPUs of {where}")
         self.mounted = checks.mounted_folders(self.mounts)
 
@@ -57,7 +55,7 @@ class Place:
         return self.nnodes * self.processes
 
     def role(self, name: str, command: str) -> Role:
-        cores = None if self.h is None and self.cpu is None else self.resource.cpu
+        cores = self.resource.cpu if self.h or self.cpu else None
         return Role(
             name=name,
             # Schedulers without images take this for a folder, and run in the one that was submitted from.

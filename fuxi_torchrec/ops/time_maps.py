@@ -192,7 +192,9 @@ def _pow_backward(log1p: Tensor, unit: Tensor, grad: Tensor, a: Tensor, b: Tenso
 
 
 def _exp_unit(seconds: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    return seconds.clamp(min=0).mul_(-torch.exp(b)).exp_()
+    # Exponentials that underflow are slow on a CPU; the smallest normal number is as good as zero.
+    lowest = math.log(torch.finfo(seconds.dtype).tiny)
+    return seconds.clamp(min=0).mul_(-torch.exp(b)).clamp_(min=lowest).exp_()
 
 
 def _exp_backward(seconds: Tensor, unit: Tensor, grad: Tensor, a: Tensor, b: Tensor) -> List[Tensor]:

@@ -19,9 +19,9 @@ from torch import Tensor
 from fuxi_torchrec.ops.jagged import JaggedLayout
 from fuxi_torchrec.ops.time_maps import NUM_BUCKETS, TimeGaps
 from fuxi_torchrec.ops.triton_common import (
+    IS_INSTALLED,
     Tiles,
     check_can_run,
-    is_installed,
     is_interpreting,
     on_device_of,
     power_of_two,
@@ -39,7 +39,7 @@ shape alone, into how many partial sums a gradient is cut, so results are the sa
 def can_mix(values_THd: Tensor, channels: Sequence[Tuple[str, Sequence[Tensor]]]) -> bool:
     """Whether the kernels know these channels and this type, and can run on this device."""
     known = all(name in PARAMETERS or name in ("positional", "zero") for name, _ in channels)
-    return values_THd.is_cuda and known and values_THd.dtype in DTYPES and is_installed()
+    return values_THd.is_cuda and known and values_THd.dtype in DTYPES and IS_INSTALLED
 
 
 def triton_mix_tokens(
@@ -59,7 +59,6 @@ def triton_mix_tokens(
         RuntimeError: triton is missing, or the tensors are not on a GPU (and the interpreter is off).
         ValueError: a channel or type that the kernels do not know.
     """
-    check_can_run(values_THd, "token mixing by triton")
     if values_THd.dtype not in DTYPES:
         raise ValueError(f"token mixing by triton: {values_THd.dtype} is none of {DTYPES}; use another implementation")
     kinds = [name for name, _ in channels]
@@ -160,6 +159,7 @@ def _mix(
     next_timestamps_T: Optional[Tensor], kinds: str, sizes: List[int], max_length: int, time_unit: float,
 ) -> Tensor:  # fmt: skip
     """[T, H, C, d]; kinds are the channels' names with commas between, sizes their parts of params_P."""
+    check_can_run(values_THd, "token mixing by triton")
     (T, H, d), names, users = values_THd.shape, kinds.split(","), offsets_B1.numel() - 1
     out_THCd = values_THd.new_empty(T, H, len(names), d)
     for c, name in enumerate(names):

@@ -27,13 +27,10 @@ install() {
     [ -e "$software/complete" ] && return
     [ "$(uname -m)" = x86_64 ] || cannot "the packages are for x86-64, this is $(uname -m)"
     command -v apt-get >/dev/null || cannot "no apt-get here to fetch Slurm's packages with"
-    # The mirror that this machine takes Debian's main archive from.
-    mirror=$(apt-get indextargets --format '$(REPO_URI) $(ORIGIN) $(SUITE)' 'Created-By: Packages' 2>/dev/null |
-        awk '$2 == "Debian" && $3 !~ /-/ {print $1; exit}')
-    # Before the first apt-get update nothing is listed.
-    [ -n "$mirror" ] || mirror=$(sed -nE 's/^(URIs:|deb( \[.*\])?) +(http[^ ]*\/debian\/?)( .*)?$/\3/p' \
-        /etc/apt/sources.list /etc/apt/sources.list.d/* 2>/dev/null | head -n 1)
-    [ -n "$mirror" ] || cannot "apt knows no Debian mirror here"
+    # The mirror that this machine takes Debian from.
+    mirror=$(sed -nE 's/^(URIs:|deb( \[.*\])?) +(https?:[^ ]*\/debian)\/?( .*)?$/\3/p' /etc/apt/sources.list \
+        /etc/apt/sources.list.d/* 2>/dev/null | head -n 1) || true # one of the files is missing
+    [ -n "$mirror" ] || cannot "apt's sources name no Debian mirror"
     rm -rf "$software"
     mkdir -p "$software"/{apt/lists/partial,apt/archives/partial,root,bin}
     software=$(realpath "$software")
@@ -68,6 +65,7 @@ up() {
     local software state host port
     software=$(realpath "$1") state=$(realpath -m "$2") host=$(hostname -s) port=${SLURM_PORT:-16817}
     [ "$(id -u)" = 0 ] || cannot "starting Slurm's daemons needs root"
+    [ ! -e "$state/slurm.conf" ] || { echo "$state: a Slurm was here before; name a new folder" >&2 && exit 1; }
     export PATH=$software/bin:$PATH SLURM_CONF=$state/slurm.conf MYSQL_UNIX_PORT=$state/mysql/socket
     mkdir -p "$state"/{run,log,spool/n1,spool/n2,state,mysql}
     chmod 755 "$state" "$state/run"
@@ -200,7 +198,8 @@ down() {
 }
 
 no_jobs() { [ -z "$(timeout 5 squeue --noheader)" ]; }
-ended() { ! kill -0 "$1" 2>/dev/null; }
+# Gone, or a zombie that a slow init has not collected yet.
+ended() { ! grep -q '^State:[[:space:]]*[^Z[:space:]]' "/proc/$1/status" 2>/dev/null; }
 
 case "${1:-}:$#" in
 install:2) install "$2" ;;
