@@ -48,6 +48,6 @@ setup(
         "cuda": ["torch==2.13.0", "torchrec==1.8.0", "fbgemm-gpu==1.8.0"],
         "dev": ["pytest>=8", "ruff>=0.12"],
         # The stable torchx 0.7.0 (2024) does not fit today's Slurm.
-        "launch": ["torchx-nightly[kubernetes]==2026.10.26"],
+        "launch": ["torchx-nightly[kubernetes]==2026.10.26", "scipy>=1.13", "matplotlib>=3.9"],
     },
 )

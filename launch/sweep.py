@@ -181,14 +181,14 @@ class Sweep:
 
 
 def _why(status: Any) -> str:
-    """The reason that TorchX has for an ended job that left none itself: killed, or never started."""
+    """The reason of an ended job that left none itself: what TorchX knows, and where to look."""
     said = status.msg
     with suppress(ValueError, TypeError, KeyError, AttributeError):
         said = json.loads(status.structured_error_msg)["message"]
         said = said["message"] if isinstance(said, dict) else said
-    said = " ".join(str(said).split())
-    ended = f"ended as {status.state.name.lower()} without an outcome"
-    return f"{ended} ({said[:200]})" if said else f"{ended}: killed, or never started; see its logs"
+    words = " ".join(str(said).split()).replace("<NONE>", "")[:200]
+    where = f"; see {status.ui_url}" if status.ui_url else ""
+    return f"{status.state.name.lower()} without an outcome: {words or 'killed, or never started'}{where}"
 
 
 def prepare_missing(sweep: Sweep) -> None:
