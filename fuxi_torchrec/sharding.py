@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
-from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
 from torchrec.distributed.types import ShardingEnv, ShardingPlan
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
@@ -170,6 +170,10 @@ def distribute(model: SequenceRecommender, world: World, plan: ShardingPlan) -> 
             device=world.device,
             plan=plan,
             sharders=[planning.sharder(world.device.type)] if plan.plan else [],
+            # Otherwise DDP orders its buckets anew after a process's first step, by the order in which gradients came. Where
+            # a gradient lies in a bucket decides in what order gloo's ranks add it up: a resumed run, whose first step is
+            # another one, would differ from the uninterrupted run in the last bit (of three ranks or more).
+            data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False, find_unused_parameters=True),
             # DDP copies every gradient into its buckets, also where there is nobody to average with.
             init_data_parallel=world.size > 1,
         )

@@ -2,7 +2,8 @@
 
 from typing import Dict, Optional
 
-from torchx.specs import Resource, named_resources
+from torchx import specs
+from torchx.specs import Resource
 
 from fuxi_torchrec.errors import UserError
 
@@ -48,7 +49,7 @@ def _host(name: str) -> Resource:
     if name in HOSTS:
         return HOSTS[name]
     try:
-        return named_resources[name]
+        return specs.resource(h=name)
     except KeyError:
         known = ", ".join(HOSTS)
         raise UserError(f"-h {name}: no such host; known are {known} and TorchX's named resources") from None

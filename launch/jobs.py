@@ -15,6 +15,8 @@ from launch import checks
 from launch.environment import GRACE_SECONDS, environment, interpreter, quoted, torchrun
 from launch.hosts import resource
 
+PATIENT_POD = {"spec": {"terminationGracePeriodSeconds": GRACE_SECONDS}}
+
 
 @dataclass
 class Place:
@@ -67,7 +69,7 @@ class Place:
             max_retries=self.max_retries,
             resource=self.resource,
             port_map={"c10d": self.rdzv_port} if self.nnodes > 1 else {},
-            metadata={"kubernetes": {"spec": {"terminationGracePeriodSeconds": GRACE_SECONDS}}, **(self.metadata or {})},
+            metadata={"kubernetes": {"V1Pod": PATIENT_POD}, **(self.metadata or {})},
             mounts=parse_mounts(self.mounts) if self.mounts else [],
         )
 

@@ -1,8 +1,10 @@
 """`torchx run --dryrun` of a command line, in this process."""
 
 import json
+import os
 import re
 import shlex
+import sys
 import warnings
 from pathlib import Path
 
@@ -34,6 +36,22 @@ def dryrun(command, capsys, *options):
         answer = json.loads(capsys.readouterr().out)
         main(["run", "--dryrun", *options, *words])
         return answer, capsys.readouterr().out.partition("=== SCHEDULER REQUEST ===\n")[2]
+
+
+def normalised(request):
+    """A printed request's words, with what differs from call to call named as docs/launch.md does."""
+    names = [(sys.executable, "PYTHON"), (os.getcwd(), "HERE"), (r"SESSION_ID(=|\s+value: )[-0-9a-f]{36}", r"SESSION_ID\1…")]
+    names += [(r"(?<=ml-20m-16-)[a-z0-9]{8,16}", "ID")]
+    for found, name in names:
+        request = re.sub(found, name, request)
+    return request.split()
+
+
+def shown(after):
+    """The first block behind a heading of docs/launch.md that shows a request, in the pieces between its "…" lines."""
+    text = DOCS.partition(f"\n## {after}\n")[2]
+    block = next(block for block in re.findall(r"```\n(.*?)```", text, re.DOTALL) if not block.startswith(("torchx", "docker")))
+    return [piece.split() for piece in re.split(r"^ *…$", block, flags=re.MULTILINE)]
 
 
 def refused(words, capsys):

@@ -193,6 +193,12 @@ down() {
         kill "$pid" 2>/dev/null || continue
         until_true 10 ended "$pid" || kill -9 "$pid"
     done
+    # What waited for an answer of theirs.
+    for file in /proc/[0-9]*/environ; do
+        if grep -qzx "SLURM_CONF=$SLURM_CONF" "$file" 2>/dev/null && grep -qz '^SLURM_JOB_ID=' "$file" 2>/dev/null; then
+            kill -9 "$(basename "$(dirname "$file")")" 2>/dev/null || true
+        fi
+    done
     grep -vxF "$NODES" /etc/hosts >"$state/hosts" || true
     cat "$state/hosts" >/etc/hosts # in place: it may be a mount
 }
