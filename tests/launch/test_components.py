@@ -77,7 +77,7 @@ MISTAKES = {
     "an optimizer for CUDA": ((*SMOKE, *ROW_WISE, "--table.optimizer", "adam", "--trainer.device", "cpu"), "no fused adam"),
     "no data set": (SMOKE, "data.path"),
     "not a data set": ((*SMOKE, "--", "--data.path", "configs"), "no data set here"),
-    "too many processes for the data": ((*SMOKE, "--nnodes", "200", *DATA), "too few for 200 processes"),
+    "too many processes for the data": ((*SMOKE, "--nnodes", "100000", *DATA), "too few for 100000 processes"),
     "more processes than GPUs": ((*SMOKE, "-h", "h100x8", "--nproc_per_node", "9", *DATA), "more than the 8 GPUs of -h h100x8"),
     "no GPU for cuda": ((*SMOKE, "-h", "cpu", *DATA, "--trainer.device", "cuda"), "no GPU is asked for"),
     "no such host": ((*SMOKE, "-h", "tpu", *DATA), "-h tpu: no such host"),
