@@ -1,12 +1,8 @@
 """Components: what they ask of a scheduler, and mistakes, which are one line before anything is submitted."""
 
-import os
-import signal
 import subprocess
-import sys
 
 import pytest
-import yaml
 from torchx.specs.file_linter import get_fn_docstring, validate
 
 from launch import components, environment
@@ -127,22 +123,6 @@ def test_other_components_tell_their_mistakes_alike(here, capsys):
         (("sweep", "--config", "none.yaml"), "no such sweep"),
     ):
         assert says in refused(("--dryrun", f"launch/components.py:{words[0]}", *words[1:]), capsys)
-
-
-def test_two_processes_of_a_laptop_train_and_stop_at_ctrl_c(small_dataset, tmp_path):
-    words = ("--config", ROOT / "configs/smoke/fuxi-beta.yaml", "--nproc_per_node", "2", "--output", tmp_path / "run", "--")
-    words += ("--data.path", small_dataset, "--trainer.device", "cpu", "--trainer.max_epochs", "100000")
-    command = [sys.executable, "-m", "torchx.cli.main", "run", "-s", "local_cwd", f"{ROOT}/{TRAIN}", *words]
-    job = subprocess.Popen(
-        [str(word) for word in command], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-    )
-    assert any("step 20 " in line for line in job.stderr)
-    job.send_signal(signal.SIGINT)
-    job.communicate(timeout=60)
-    assert (tmp_path / "run" / "checkpoints" / "index.json").exists()
-    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    assert config["trainer"]["max_epochs"] == 100000
 
 
 def test_pods_get_longer_to_save_than_torchrun_gives_its_workers():
