@@ -20,7 +20,7 @@ INSTALLED := $(VENV)/.installed-$(DEVICE)
 OTHER_FBGEMM := $(if $(filter cuda,$(DEVICE)),fbgemm-gpu-cpu,fbgemm-gpu)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help install smoke test lint clean
+.PHONY: help install smoke test slurm lint clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -33,6 +33,10 @@ smoke: $(INSTALLED)  ## train, evaluate and recommend on generated MovieLens-lik
 
 test: $(INSTALLED)  ## the tests
 	$(BIN)/python -m pytest -q --durations=10 $(PYTEST_ARGS)
+
+slurm: $(INSTALLED)  ## tests on a real Slurm of two nodes, brought up here (needs root and apt, else skipped)
+	timeout --signal=INT --kill-after=60 420 \
+		$(BIN)/python -m pytest -q -rs -m slurm --durations=10 tests/launch $(PYTEST_ARGS)
 
 lint: $(INSTALLED)  ## ruff
 	$(BIN)/ruff check .
@@ -53,7 +57,8 @@ $(INSTALLED): setup.py pyproject.toml $(wildcard */__init__.py) $(wildcard requi
 	@if ! $(BIN)/python -c 'import pip' 2>/dev/null || $(PIP) show $(OTHER_FBGEMM) 2>/dev/null; then \
 		$(PYTHON) -m venv $(if $(wildcard $(VENV)/pyvenv.cfg),--clear) $(VENV); fi
 	@$(PIP) install pip==26.3
-	@$(PIP) install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements/base.txt -r requirements/dev.txt
+	@$(PIP) install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements/base.txt \
+		-r requirements/launch.txt -r requirements/dev.txt
 	@$(PIP) install --no-deps -r requirements/$(DEVICE).txt
 	@PYTHONWARNINGS=ignore $(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@

@@ -26,7 +26,11 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["fuxi_torchrec*", "data_pipelines*", "launch*"]),
     package_data={"fuxi_torchrec.ops.native": ["*.c", "*.h"]},
-    entry_points={"console_scripts": ["fuxi-torchrec = fuxi_torchrec.cli:main"]},
+    entry_points={
+        "console_scripts": ["fuxi-torchrec = fuxi_torchrec.cli:main"],
+        # Not torchx.components: that would take TorchX's own components away. They are run from their file.
+        "torchx.cli.cmds": ["run = launch.torchx_run:Run"],
+    },
     # No torch, torchrec or fbgemm here: a CPU and a GPU need different builds, and the CPU's cannot be written as a
     # requirement (see requirements/cpu.txt). fuxi_torchrec.versions checks at start-up what is installed.
     install_requires=[
@@ -44,6 +48,6 @@ setup(
         "cuda": ["torch==2.13.0", "torchrec==1.8.0", "fbgemm-gpu==1.8.0"],
         "dev": ["pytest>=8", "ruff>=0.12"],
         # The stable torchx 0.7.0 (2024) does not fit today's Slurm.
-        "launch": ["torchx-nightly==2026.10.26"],
+        "launch": ["torchx-nightly[kubernetes]==2026.10.26", "scipy>=1.13", "matplotlib>=3.9"],
     },
 )

@@ -6,10 +6,9 @@ The table (10^7 × 64 float32 is 2.56 GB) is cut by rows over the processes, wit
 product's own `Trainer`. "ours" is fuxi_torchrec.checkpoint.Checkpoints.save and load; "plain" is every process's
 torch.save of its part of table and state to a file of its own at the same time, and its torch.load into new tensors.
 Both write files anew, flush them, and fsync them before the clock stops; a round is plain, then ours. Loads are timed
-twice: "cold", after the files were dropped from the page cache (posix_fadvise), and "cached" right after. Ours reads
-every file twice, once for its checksum and once for its values. The clock runs from when all processes are ready to
-when the last is done. MB are 10^6 bytes of table and state. Prints one JSON line a round and a Markdown table of
-medians.
+twice: "cold", after the files were dropped from the page cache (posix_fadvise), and "cached" right after. Ours compares
+checksums on the way, plain does not. The clock runs from when all processes are ready to when the last is done. MB are
+10^6 bytes of table and state. Prints one JSON line a round and a Markdown table of medians.
 """
 
 import argparse

@@ -56,6 +56,14 @@ class SequenceBatch(Pipelineable):
     def num_positions(self) -> int:
         return self.input_index_T.numel()
 
+    @property
+    def num_candidates(self) -> int:
+        """How many items each position's loss sets against its positive, on this rank."""
+        if self.negative_index_TK is not None:
+            return self.negative_index_TK.shape[1]
+        in_batch = 0 if self.in_batch_index_N is None else self.in_batch_index_N.numel()
+        return self.ids.values().numel() - self.timestamps_E.numel() + in_batch
+
     def _map(self, move: Callable) -> "SequenceBatch":
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
         kept_on_host = ("user_ids_B", "target_log_prob_B")
@@ -122,4 +130,7 @@ def _keyed(item_ids_E: Tensor, lengths_B: Tensor, negatives_U: Tensor) -> KeyedJ
         keys=[EVENTS, NEGATIVES],
         values=torch.cat([item_ids_E, negatives_U]),
         lengths=torch.cat([lengths_B, negative_lengths_B]),
+        # Told here, they are not asked of the device.
+        length_per_key=[len(item_ids_E), len(negatives_U)],
+        offset_per_key=[0, len(item_ids_E), len(item_ids_E) + len(negatives_U)],
     )

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from fuxi_torchrec import checkpoint_storage as storage
+from fuxi_torchrec.checkpoint_reader import Reader
 from fuxi_torchrec.config import Config
 from fuxi_torchrec.config_io import to_yaml
 from fuxi_torchrec.errors import UserError
@@ -31,7 +32,8 @@ from fuxi_torchrec.sharding import World
 # DCP warns of the ShardedTensors that TorchRec gives it, at every save; nothing a user could do about it.
 warnings.filterwarnings("ignore", message="Please use DTensor instead", category=FutureWarning)
 
-FORMAT = 2
+FORMAT = 3
+READABLE = (2, FORMAT)  # format 2 had one checksum a file
 INDEX_FILE = "index.json"
 FAILURES = (OSError, dcp.CheckpointException, RuntimeError, ValueError, EOFError)
 
@@ -110,29 +112,30 @@ class Checkpoints:
     def load(self, which: str, model: nn.Module, optimizer: Optional[Any] = None) -> Dict[str, Any]:
         """Loads "last", "best" or a folder's name in place; returns the state that was saved with it.
 
-        Raises UserError for a checkpoint that is missing, damaged, or of another model.
+        Raises UserError, on every rank, for a checkpoint that is missing, of another model, or damaged where a rank had
+        to read it; after the last the model's values are good for nothing.
         """
         self.wait()
         name, problem = self._agreed(self._named, which)
         if problem:
             raise UserError(problem)
-        marker, problem = self._examine(name)
-        if marker is None:
+        marker, problem = self._read(name, model, optimizer)
+        if problem:
             raise UserError(f"{join(self.folder, name)}: {problem}; use another checkpoint")
-        return self._read(name, marker, model, optimizer)
+        return marker
 
     def load_newest(self, model: nn.Module, optimizer: Any, say: Any) -> Optional[Dict[str, Any]]:
         """Loads the newest checkpoint that is whole, and tells `say` in one line of every one that isn't.
 
+        Nothing of a damaged one is left: what its reading has overwritten the one before overwrites again, all of it.
         Returns its state; None where no checkpoint was ever completed. Raises UserError where all of them are damaged.
         """
         damaged = 0
         for name in self._agreed(storage.folders, self.folder):
-            marker, problem = self._examine(name)
-            if marker is not None:
-                state = self._read(name, marker, model, optimizer)
+            marker, problem = self._read(name, model, optimizer)
+            if not problem:
                 self.best = marker["best"]
-                return state
+                return marker
             say(f"{join(self.folder, name)}: {problem}; the one before is used")
             damaged += not problem.startswith("not complete")
         if damaged:
@@ -204,37 +207,32 @@ class Checkpoints:
             return (name if which == "last" else marker["best"]), None
         return None, f"{self.folder}: no checkpoint here; train first"
 
-    def _examine(self, name: str) -> Any:
-        """(marker, None) of a whole checkpoint, or (None, what is wrong). Each rank reads a part of the files."""
+    def _read(self, name: str, model: nn.Module, optimizer: Optional[Any]) -> Any:
+        """(marker, None) of a checkpoint that was loaded, or (None, what is wrong) on every rank. Each rank reads and
+        checks what it needs; nothing counts unless all ranks found theirs right."""
         path = join(self.folder, name)
         marker, problem = self._agreed(_marker, path)
         if marker is None:
             return None, problem
         self._check_identity(path, marker)
-        mine = dict(sorted(marker["files"].items())[self.world.rank :: self.world.size])
-        problems = [found for found in self._gather(storage.damage(path, mine)) if found]
-        return (None, f"damaged checkpoint ({problems[0]})") if problems else (marker, None)
-
-    def _read(self, name: str, marker: Dict[str, Any], model: nn.Module, optimizer: Optional[Any]) -> Dict[str, Any]:
-        path = join(self.folder, name)
         target: Dict[str, Any] = {"model": model.state_dict()}
         if optimizer is not None:
             self._check_trained_by(path, marker)
             create_optimizer_state(model, optimizer)
             target["optimizer"] = optimizer.state_dict()
         try:
-            dcp.load(target, storage_reader=storage.Reader(path))
+            dcp.load(target, storage_reader=Reader(path, marker["files"]))
         except FAILURES as error:
             if is_lost(error):
                 raise
-            raise UserError(f"{path}: damaged checkpoint ({_reason(error)}); use another one") from error
+            return None, f"damaged checkpoint ({_reason(error)})"
         model.load_state_dict(target["model"])
         if optimizer is not None:
             optimizer.load_state_dict(target["optimizer"])
-        return marker
+        return marker, None
 
     def _check_identity(self, path: str, marker: Dict[str, Any]) -> None:
-        if marker.get("format") != FORMAT:
+        if marker.get("format") not in READABLE:
             raise UserError(
                 f"{path}: a checkpoint of format {marker.get('format')}, this version reads {FORMAT}; train again"
             )

@@ -1,4 +1,5 @@
 """Files of a checkpoint, by iopath: what DCP writes is counted and checksummed on its way, by the rank that writes it.
+checkpoint_reader.py reads them.
 
 A bucket has no rename, so nothing is written aside: a folder is a checkpoint once its marker, written last, is there.
 """
@@ -12,32 +13,39 @@ import zlib
 from contextlib import contextmanager
 from typing import Any, Dict, Iterable, Iterator, List, Optional
 
-from torch.distributed.checkpoint.filesystem import (
-    CURRENT_DCP_VERSION,
-    FileSystemBase,
-    FileSystemReader,
-    FileSystemWriter,
-)
+import torch
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, FileSystemBase, FileSystemWriter
 
 from fuxi_torchrec.paths import join, path_manager
 
 MARKER = "complete.json"
-CHUNK = 1 << 22
 PATIENCE = 10.0
+BLOCK = 1 << 26  # bytes of a file that have a checksum of their own: the least that is read
+CHUNK = 1 << 20  # bytes that are checksummed and copied together, while a core's cache holds them
 
 
 class _Counted:
-    """A binary stream that keeps the size and the CRC-32 of what went through it."""
+    """A binary stream that keeps the size of what went through it, and the CRC-32 of every BLOCK of it."""
 
     def __init__(self, stream: Any):
-        self.stream, self.size, self.crc = stream, 0, 0
+        self.stream, self.size, self.checksums = stream, 0, []
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
-        self.stream.write(view)
-        self.size += view.nbytes
-        self.crc = zlib.crc32(view, self.crc)
+        at = 0
+        while at < view.nbytes:
+            if self.size % BLOCK == 0:
+                self.checksums.append(0)
+            part = view[at : at + min(CHUNK, BLOCK - self.size % BLOCK)]
+            self.checksums[-1] = zlib.crc32(part, self.checksums[-1])
+            self.stream.write(part)
+            at += part.nbytes
+            self.size += part.nbytes
         return view.nbytes
+
+    @property
+    def written(self) -> Dict[str, Any]:
+        return {"bytes": self.size, "crc32": " ".join(f"{crc:08x}" for crc in self.checksums)}
 
     def tell(self) -> int:
         return self.size
@@ -46,11 +54,11 @@ class _Counted:
         return getattr(self.stream, name)
 
 
-class _Files(FileSystemBase):
+class Files(FileSystemBase):
     """What torch.distributed.checkpoint asks of a file system."""
 
     def __init__(self) -> None:
-        self.written: Dict[str, Dict[str, int]] = {}  # file name -> bytes, crc32
+        self.written: Dict[str, Dict[str, Any]] = {}  # file name -> bytes, crc32 of every BLOCK in hexadecimal
 
     @contextmanager
     def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
@@ -60,7 +68,7 @@ class _Files(FileSystemBase):
                 return
             counted = _Counted(stream)
             yield counted
-        self.written[os.path.basename(str(path))] = {"bytes": counted.size, "crc32": counted.crc}
+        self.written[os.path.basename(str(path))] = counted.written
 
     def concat_path(self, path: Any, suffix: str) -> str:
         return join(str(path), suffix)
@@ -90,12 +98,22 @@ class Writer(FileSystemWriter):
 
     def __init__(self, path: str):
         super().__init__(path)
-        self.fs = _Files()
+        self.fs = Files()
         self.path = path
 
     @property
-    def written(self) -> Dict[str, Dict[str, int]]:
+    def written(self) -> Dict[str, Dict[str, Any]]:
         return self.fs.written
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        # torch.save's zip has a checksum too, of the whole tensor before any of it is written: a pass over memory that
+        # nothing reads again, since torch.load compares none.
+        before = torch.serialization.get_crc32_options()
+        torch.serialization.set_crc32_options(False)
+        try:
+            return super().write_data(plan, planner)
+        finally:
+            torch.serialization.set_crc32_options(before)
 
     def finish(self, metadata: Any, results: List[List[Any]]) -> None:
         # DCP's own writes aside and renames; here the marker says what is complete.
@@ -104,19 +122,6 @@ class Writer(FileSystemWriter):
         metadata.storage_meta = self.storage_meta()
         with self.fs.create_stream(self._get_metadata_path(), "wb") as stream:
             pickle.dump(metadata, stream)
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        return True
-
-
-class Reader(FileSystemReader):
-    """DCP's reader over iopath."""
-
-    def __init__(self, path: str):
-        super().__init__(path)
-        self.fs = _Files()
-        self.path = path
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
@@ -143,15 +148,15 @@ def read_marker(folder: str) -> Optional[Dict[str, Any]]:
     return marker
 
 
-def write_text(path: str, text: str) -> Dict[str, int]:
+def write_text(path: str, text: str) -> Dict[str, Any]:
     """Writes a small file to the disk itself; returns its size and checksum."""
-    data = text.encode()
     with path_manager().open(path, "wb") as file:
-        file.write(data)
+        counted = _Counted(file)
+        counted.write(text.encode())
         file.flush()
         if hasattr(file, "fileno"):
             os.fsync(file.fileno())
-    return {"bytes": len(data), "crc32": zlib.crc32(data)}
+    return counted.written
 
 
 def unseen(folder: str, files: Iterable[str]) -> Optional[str]:
@@ -165,20 +170,6 @@ def unseen(folder: str, files: Iterable[str]) -> Optional[str]:
     return None
 
 
-def damage(folder: str, files: Dict[str, Dict[str, int]]) -> Optional[str]:
-    """What is wrong with the files, in a few words; None where sizes and checksums are the marker's."""
-    for name, expected in files.items():
-        try:
-            size, crc = _size_and_crc(join(folder, name))
-        except OSError as error:
-            return f"{name}: {error.strerror or error}"
-        if size != expected["bytes"]:
-            return f"{name} has {size} of {expected['bytes']} bytes"
-        if crc != expected["crc32"]:
-            return f"{name} has another checksum than when it was written"
-    return None
-
-
 def remove(folder: str) -> None:
     """Removes a checkpoint, its marker first: whatever is left of it then counts as incomplete."""
     manager = path_manager()
@@ -189,12 +180,3 @@ def remove(folder: str) -> None:
     elif manager.isdir(folder):
         for name in manager.ls(folder):
             manager.rm(join(folder, name))
-
-
-def _size_and_crc(path: str) -> Any:
-    size = crc = 0
-    with path_manager().open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            size += len(chunk)
-            crc = zlib.crc32(chunk, crc)
-    return size, crc

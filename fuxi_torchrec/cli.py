@@ -98,6 +98,7 @@ def _train(arguments: List[str]) -> int:
     )
     parser.add_argument("--output", type=str, default=None, help="Run folder; default runs/<config's name>.")
     parser.add_argument("--resume", action="store_true", help="Go on from the run folder's last checkpoint, if any.")
+    parser.add_argument("--profile", action="store_true", help="Write a trace of some early steps to RUN_DIR/profile/.")
     parser.add_argument("--print-config", action="store_true", help="Print the resolved config as YAML and stop.")
     add_config_arguments(parser)
     if any(argument in ("-h", "--help") for argument in arguments):
@@ -112,10 +113,10 @@ def _train(arguments: List[str]) -> int:
     if not config.data.path:
         raise UserError("data.path: no data set named; give --data.path DIR (made by 'fuxi-torchrec prepare')")
     output = namespace.output or os.path.join("runs", os.path.splitext(os.path.basename(path))[0])
-    return _run_training(config, output, namespace.resume)
+    return _run_training(config, output, namespace.resume, namespace.profile)
 
 
-def _run_training(config: Any, output: str, resume: bool) -> int:
+def _run_training(config: Any, output: str, resume: bool, profile: bool) -> int:
     from fuxi_torchrec.config_check import check_table
     from fuxi_torchrec.data_format import read_identity
 
@@ -123,26 +124,33 @@ def _run_training(config: Any, output: str, resume: bool) -> int:
         config.data.path = os.path.abspath(config.data.path)
     read_identity(config.data.path)  # before the seconds that importing torch takes
     _check_environment(config.trainer.device)
-    from fuxi_torchrec.dataset import SequenceDataset, check_splits
-    from fuxi_torchrec.faults import Interrupted, check_enough_data, check_same_start, fail_together
+    from fuxi_torchrec.dataset import SequenceDataset, check_enough_data, check_splits
+    from fuxi_torchrec.faults import Interrupted, check_same_start, fail_together
+    from fuxi_torchrec.outcome import recorded_outcome
     from fuxi_torchrec.sharding import device_type, start_world
     from fuxi_torchrec.training import Trainer
 
     trainer = config.trainer
     check_table(config, device_type(trainer.device))
-    with start_world(trainer.device, trainer.timeout_minutes) as world, fail_together(world):
+    world_of_all = start_world(trainer.device, trainer.timeout_minutes)
+    with recorded_outcome() as outcome, world_of_all as world, fail_together(world):
         dataset = SequenceDataset(config.data.path)
         check_same_start(world, config.to_dict(), output, dataset.identity.content_checksum)
-        check_enough_data(world, dataset.identity.num_users, config.data.path)
+        check_enough_data(dataset, world.size)
         check_splits(dataset, config.data)
         run, resume = _start_run(output, config, dataset, resume, world)
+        if world.is_main:
+            outcome.begin(run)
+        training = Trainer(config, dataset, run, world, resume, profile)
         try:
-            results = Trainer(config, dataset, run, world, resume).fit()
+            results = training.fit()
         except Interrupted as stopped:
+            outcome.end("interrupted", str(stopped))
             if world.is_main:
                 print(f"{stopped} (saved in {output})", file=sys.stderr)
             return stopped.code
         if world.is_main:
+            outcome.end("finished", **training.counted())
             _print_splits(results, dataset, config, output)
     return 0
 

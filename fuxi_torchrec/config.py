@@ -8,7 +8,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Literal, Optional, Tuple
 
-EncoderName = Literal["fuxi_beta", "fuxi_alpha", "hstu", "sasrec"]
+EncoderName = Literal["fuxi_beta", "fuxi_alpha", "hstu", "sasrec", "flash", "hstu_beta", "sasrec_beta"]
 ChannelName = Literal["positional", "temporal", "bucketed_temporal", "semantic"]
 BiasFunction = Literal["pow", "exp", "log", "linear", "sin", "mixed", "nn", "zero"]
 TokenMixing = Literal["auto", "reference", "exact", "blocked", "native", "linear", "triton"]
@@ -186,8 +186,12 @@ class TrainerConfig:
     """auto: CUDA where torch sees a GPU."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: autocast of the tower; logits, norms, time differences and the loss stay float32."""
+    peak_tflops: Optional[float] = None
+    """What a device can do at most, in TFLOP/s, that MFU is taken against; null: a known GPU's at trainer.precision, and
+    no MFU on another device."""
     log_every_steps: int = 10
-    """Steps between training lines; a line's loss is the mean since the last one."""
+    """Steps between training lines; a line's loss is the mean since the last one. On a GPU it is also looked at only then:
+    whether it is finite, too."""
     checkpoint_every_epochs: int = 1
     """Epochs between checkpoints."""
     checkpoint_every_steps: Optional[int] = None

@@ -20,10 +20,11 @@ def check(config: Config) -> None:
         if not 0 <= getattr(config.model, key) < 1:
             raise UserError(f"model.{key}: {getattr(config.model, key)} is not in [0, 1)")
     positive = ("loss.temperature", "loss.l2_eps", "optimizer.learning_rate", "model.ffn_multiply")
-    for key in (*positive, "trainer.timeout_minutes"):
+    for key in (*positive, "trainer.timeout_minutes", "trainer.peak_tflops"):
         section, name = key.split(".")
-        if not getattr(getattr(config, section), name) > 0:
-            raise UserError(f"{key}: {getattr(getattr(config, section), name)} must be greater than 0")
+        value = getattr(getattr(config, section), name)
+        if value is not None and not value > 0:
+            raise UserError(f"{key}: {value} must be greater than 0")
     if any(not 0 <= beta < 1 for beta in config.optimizer.betas):
         raise UserError(f"optimizer.betas: {list(config.optimizer.betas)} are not in [0, 1)")
     clip = config.optimizer.clip_grad_norm
@@ -74,7 +75,7 @@ def _check_model(config: Config) -> None:
             f"model.padded_length: {config.padded_length} is shorter than data.max_sequence_length "
             f"{config.data.max_sequence_length}; raise the one or lower the other"
         )
-    if model.encoder == "sasrec" and model.embedding_dim % model.num_heads:
+    if model.encoder in ("sasrec", "sasrec_beta") and model.embedding_dim % model.num_heads:
         raise UserError(
             f"model.num_heads: {model.num_heads} heads do not divide model.embedding_dim {model.embedding_dim}, "
             "which SASRec's attention needs"

@@ -43,7 +43,12 @@ def check_file(path: str) -> None:
         raise UserError(f"{path}: cannot read this config file ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
-    _check_keys(path, values or {}, _known_keys(), prefix="")
+    check_keys(path, values or {})
+
+
+def check_keys(path: str, values: Any) -> None:
+    """Raises UserError, naming `path`, for a key of the nested `values` that no config has."""
+    _check_keys(path, values, _known_keys(), prefix="")
 
 
 def _known_keys() -> Dict[str, Any]:

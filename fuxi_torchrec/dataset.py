@@ -166,6 +166,13 @@ def check_splits(dataset: SequenceDataset, config: DataConfig) -> None:
     )
 
 
+def check_enough_data(dataset: SequenceDataset, processes: int) -> None:
+    """Raises UserError for more processes than users, who are what is dealt to ranks."""
+    users = dataset.identity.num_users
+    if users < processes:
+        raise UserError(f"{dataset.folder}: {users} users are too few for {processes} processes; use at most {users}")
+
+
 def ranges(start_U: np.ndarray, stop_U: np.ndarray) -> np.ndarray:
     """The integers of all [start, stop), one range after the other, int64."""
     lengths = stop_U - start_U

@@ -192,12 +192,6 @@ def check_same_start(world: World, config: Dict[str, Any], output: str, content_
             raise UserError(f"{key}: {mine.get(key)} here and {first.get(key)} on rank 0; start all ranks alike")
 
 
-def check_enough_data(world: World, users: int, path: str) -> None:
-    """Raises UserError for more ranks than users."""
-    if users < world.size:
-        raise UserError(f"{path}: {users} users are too few for {world.size} processes; use at most {users}")
-
-
 def _flat(config: Dict[str, Any]) -> Dict[str, Any]:
     return {f"{section}.{key}": value for section, keys in config.items() for key, value in keys.items()}
 

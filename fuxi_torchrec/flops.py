@@ -50,11 +50,34 @@ def _sasrec(config: ModelConfig) -> BlockCost:
     return BlockCost(8 * D * D + 4 * D * hidden, 4 * D)
 
 
+def _flash(config: ModelConfig) -> BlockCost:
+    D, E, q = config.embedding_dim, config.num_heads * config.value_dim, config.qk_dim
+    return BlockCost(2 * D * (2 * E + q) + 2 * E * D, 2 * (q + E))
+
+
+def _maps(config: ModelConfig) -> int:
+    """Forward FLOPs per pair and value column of a positional and a functional channel."""
+    return 2 * (1 + (config.bias_function != "zero"))
+
+
+def _hstu_beta(config: ModelConfig) -> BlockCost:
+    D, E = config.embedding_dim, config.num_heads * config.value_dim
+    return BlockCost(2 * D * 2 * E + 2 * E * D, _maps(config) * E + _NN_MAP * (config.bias_function == "nn"))
+
+
+def _sasrec_beta(config: ModelConfig) -> BlockCost:
+    D, hidden = config.embedding_dim, int(config.embedding_dim * config.ffn_multiply)
+    return BlockCost(4 * D * D + 4 * D * hidden, _maps(config) * D + _NN_MAP * (config.bias_function == "nn"))
+
+
 BLOCK_COSTS: Dict[str, Callable[[ModelConfig], BlockCost]] = {
     "fuxi_beta": _fuxi,
     "fuxi_alpha": _fuxi,
     "hstu": _hstu,
     "sasrec": _sasrec,
+    "flash": _flash,
+    "hstu_beta": _hstu_beta,
+    "sasrec_beta": _sasrec_beta,
 }
 """config.encoder -> the cost of one of its blocks. A new tower needs its line here."""
 

@@ -141,6 +141,11 @@ def prefetch_depth(config: DataConfig, device_type: str) -> int:
     return config.prefetch if config.prefetch is not None else 0 if device_type == "cpu" else 2
 
 
+def pinned(batches: Iterable[SequenceBatch], device_type: str) -> Iterable[SequenceBatch]:
+    """Batches in page-locked memory where a GPU takes them: only from there does a copy not make the host wait."""
+    return (batch.pin_memory() for batch in batches) if device_type == "cuda" else batches
+
+
 def prefetch(items: Iterable[T], depth: int) -> Iterator[T]:
     """Makes the next `depth` items in a background thread; exceptions arrive where the item would have."""
     if depth <= 0:

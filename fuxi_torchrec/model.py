@@ -17,6 +17,7 @@ from fuxi_torchrec.config import Config, LossConfig
 from fuxi_torchrec.encoders import build_encoder
 from fuxi_torchrec.ops.jagged import JaggedLayout
 from fuxi_torchrec.ops.sampled_softmax import l2_normalize, per_token_sampled_softmax, shared_sampled_softmax
+from fuxi_torchrec.stages import stage
 from fuxi_torchrec.tables import init_rows
 
 TABLE = "item"
@@ -33,7 +34,9 @@ class SequenceRecommender(nn.Module):
     def forward(self, batch: SequenceBatch) -> Tensor:
         """A batch with negatives gives its summed loss (float32 scalar); one without, each user's query vector [B, D]:
         the L2-normalised output at the last input, whose next timestamp is the time of the target or request."""
-        return self.tower(self.embeddings(batch.ids), batch)
+        with stage("lookup and exchange"):
+            embeddings = self.embeddings(batch.ids)
+        return self.tower(embeddings, batch)
 
 
 class Tower(nn.Module):
@@ -50,12 +53,19 @@ class Tower(nn.Module):
         self.encoder, self.config, self.precision = encoder, config, precision
 
     def forward(self, embeddings: Dict[str, JaggedTensor], batch: SequenceBatch) -> Tensor:
-        events_ED = embeddings[EVENTS].values()
-        outputs_TD = self.encode(events_ED, batch)
+        with stage("lookup and exchange"):  # a sharded table's vectors are waited for here
+            events_ED, negatives_UD = embeddings[EVENTS].values(), embeddings[NEGATIVES].values()
+        with stage("encoder forward"):
+            outputs_TD = self.encode(events_ED, batch)
         if not batch.has_negatives:
             return outputs_TD[batch.offsets_B1[1:] - 1]
+        with stage("loss"):
+            return self._loss(outputs_TD, events_ED, negatives_UD, batch)
+
+    def _loss(self, outputs_TD: Tensor, events_ED: Tensor, negatives_UD: Tensor, batch: SequenceBatch) -> Tensor:
+        """The summed sampled softmax of all positions."""
         positives_TD = l2_normalize(events_ED.index_select(0, batch.input_index_T + 1), self.config.l2_eps)
-        candidates_UD = l2_normalize(embeddings[NEGATIVES].values(), self.config.l2_eps)
+        candidates_UD = l2_normalize(negatives_UD, self.config.l2_eps)
         temperature = self.config.temperature
         if batch.negative_index_TK is not None:
             index_TK, positive_T, draws_U = batch.negative_index_TK, batch.positive_index_T, batch.expected_draws_P

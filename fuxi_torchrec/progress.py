@@ -1,7 +1,6 @@
 """What a person and a program see of a run: a progress bar or plain lines, metrics.jsonl, TensorBoard, tables."""
 
 import sys
-import time
 from typing import Any, Dict, List, Optional
 
 from rich.console import Console
@@ -36,13 +35,16 @@ class Progression:
             self.bar.start()
 
     def training(self, line: Dict[str, Any]) -> None:
-        """A training line: step, epoch, loss, tokens_per_second, learning_rate."""
+        """A training line: step, epoch, loss, tokens_per_second, mfu where it is known, learning_rate."""
         if not self.is_main:
             return
         self.run.append(line)
-        for name in ("loss", "tokens_per_second", "learning_rate"):
-            self.writer.add_scalar(f"train/{name}", line[name], line["step"])
+        for name in ("loss", "tokens_per_second", "mfu", "learning_rate"):
+            if name in line:
+                self.writer.add_scalar(f"train/{name}", line[name], line["step"])
         text = f"epoch {line['epoch']}  loss {line['loss']:.4f}  {line['tokens_per_second']:,.0f} tokens/s"
+        if "mfu" in line:
+            text += f"  MFU {line['mfu']:.1%}"
         if self.bar:
             self.bar.update(self.task, description=text)
         else:
@@ -79,27 +81,6 @@ class Progression:
             self.bar = None
         if self.writer:
             self.writer.close()
-
-
-class Rate:
-    """Tokens a second between log lines, evaluation and saving left out."""
-
-    def __init__(self) -> None:
-        self.tokens, self.seconds, self.since = 0, 0.0, time.perf_counter()
-
-    def start(self) -> None:
-        self.since = time.perf_counter()
-
-    def add(self, tokens: int) -> None:
-        now = time.perf_counter()
-        self.tokens += tokens
-        self.seconds += now - self.since
-        self.since = now
-
-    def take(self) -> float:
-        rate = self.tokens / max(self.seconds, 1e-9)
-        self.tokens, self.seconds = 0, 0.0
-        return rate
 
 
 def print_results(rows: Dict[str, Dict[str, Any]], title: str) -> None:

@@ -136,10 +136,10 @@ def _sasrec_entries(block: nn.Module, index: int) -> List[_Entry]:
         _direct(attention + "in_proj_bias", block.attention_in_bias),
         _direct(attention + "out_proj.weight", block.attention_out_weight),
         _direct(attention + "out_proj.bias", block.attention_out_bias),
-        convolution(forward + "0.weight", block.ffn_in_weight),
-        _direct(forward + "0.bias", block.ffn_in_bias),
-        convolution(forward + "3.weight", block.ffn_out_weight),
-        _direct(forward + "3.bias", block.ffn_out_bias),
+        convolution(forward + "0.weight", block.ffn.in_weight),
+        _direct(forward + "0.bias", block.ffn.in_bias),
+        convolution(forward + "3.weight", block.ffn.out_weight),
+        _direct(forward + "3.bias", block.ffn.out_bias),
     ]
 
 

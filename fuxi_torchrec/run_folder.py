@@ -1,4 +1,4 @@
-"""The folder of a run: config.yaml, dataset.json, metrics.jsonl, tensorboard/, checkpoints/.
+"""The folder of a run: config.yaml, dataset.json, metrics.jsonl, tensorboard/, checkpoints/, profile/.
 
 Only rank 0 writes here; whole files are written aside and renamed, metrics.jsonl grows line by line.
 """
@@ -33,6 +33,7 @@ class RunFolder:
         self.path = path
         self.checkpoints = os.path.join(path, "checkpoints")
         self.tensorboard = os.path.join(path, "tensorboard")
+        self.profile = os.path.join(path, "profile")
 
     @classmethod
     def create(cls, path: str, config: Config, identity: DatasetIdentity, resume: bool) -> "RunFolder":

@@ -12,7 +12,7 @@ import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Iterator, List, Tuple, TypeVar
+from typing import Iterator, List, Optional, Sequence, Tuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -41,11 +41,16 @@ logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
 
 @dataclass(frozen=True)
 class World:
-    """This process's place: the whole world at size 1 too."""
+    """This process's place: the whole world at size 1 too.
+
+    host_group: for values that the host has and needs, which must not wait for a GPU; None: the default group, which is
+    gloo's.
+    """
 
     rank: int
     size: int
     device: torch.device
+    host_group: Optional[dist.ProcessGroup] = None
 
     @property
     def is_main(self) -> bool:
@@ -61,6 +66,21 @@ class World:
         """All ranks' maximum, in place."""
         if self.size > 1:
             dist.all_reduce(values, dist.ReduceOp.MAX)
+        return values
+
+    def sum_on_host(self, values: Sequence[int]) -> List[int]:
+        """All ranks' sums of non-negative integers below 2**53, from host to host."""
+        if self.size == 1:
+            return list(map(int, values))
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total, group=self.host_group)
+        return list(map(int, total.tolist()))
+
+    def gathered(self, value: T) -> List[T]:
+        """Every rank's value."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
         return values
 
     def from_main(self, value: T) -> T:
@@ -95,20 +115,22 @@ def start_world(device: str = "auto", timeout_minutes: float = 30.0) -> Iterator
         place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(place)
     backend = "nccl" if use_cuda else "gloo"
+    host_group, timeout = None, timedelta(minutes=timeout_minutes)
     if size > 1:
         try:
-            dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+            dist.init_process_group(backend, timeout=timeout)
         except dist.DistError as error:
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise LostProcess(
                 f"rank {rank} of {size}: the processes did not meet at {where} within {timeout_minutes:g} minutes "
                 f"({str(error).splitlines()[0][:200]}); start every rank, or raise trainer.timeout_minutes"
             ) from error
+        host_group = dist.new_group(backend="gloo", timeout=timeout) if use_cuda else None
     else:
         # An in-process store: a single process needs no port, which another job could hold.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        yield World(rank, size, place)
+        yield World(rank, size, place, host_group)
     finally:
         dist.destroy_process_group()
 
@@ -148,6 +170,8 @@ def distribute(model: SequenceRecommender, world: World, plan: ShardingPlan) -> 
             device=world.device,
             plan=plan,
             sharders=[planning.sharder(world.device.type)] if plan.plan else [],
+            # DDP copies every gradient into its buckets, also where there is nobody to average with.
+            init_data_parallel=world.size > 1,
         )
 
 
@@ -177,6 +201,20 @@ def prepare_step(optimizer: CombinedOptimizer, learning_rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["rate_ratio"]
     optimizer.zero_grad()
+
+
+def check_parameters(model: DistributedModelParallel, world: World, step: int) -> None:
+    """Raises UserError, on all ranks, where any parameter of the model is not finite."""
+    dense = in_backward_optimizer_filter(model.named_parameters())
+    parts = [*(parameter for _, parameter in dense), *(part for _, _, part in local_parts(model))]
+    # min and max tell it in one pass without a tensor of the table's size.
+    extremes = [x for part in parts if part.numel() for x in torch.aminmax(part.detach())]
+    broken = 1.0 - torch.isfinite(torch.stack(extremes)).all().double()
+    if world.max(broken[None]).item():
+        raise UserError(
+            f"step {step}: the model's parameters are not finite, and not saved; "
+            "try a lower optimizer.learning_rate or optimizer.clip_grad_norm, and go on from the last checkpoint"
+        )
 
 
 def is_sharded(model: DistributedModelParallel) -> bool:

@@ -2,34 +2,46 @@
 
 A step: batch -> learning rate -> summed loss -> global number of positions -> backward (which updates sharded tables)
 -> clip -> AdamW. What a step draws (order, negatives, dropout) is a function of (seed, rank, step), so a resumed run goes
-on as if never stopped.
+on as if never stopped. No step waits for a GPU: what the host must know of it, the host knew before.
 """
 
-import math
 import signal
 import sys
 import time
-from typing import Any, Dict, Iterator, List, NoReturn, Optional, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, NoReturn, Optional
 
-import numpy as np
 import torch
-import torch.distributed as dist
 
 from fuxi_torchrec.batch import SequenceBatch
 from fuxi_torchrec.checkpoint import Checkpoints
-from fuxi_torchrec.config import Config, OptimizerConfig, evaluation_splits
+from fuxi_torchrec.config import Config, evaluation_splits
 from fuxi_torchrec.dataset import SequenceDataset
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.evaluation import Stopped, evaluate, popularity
 from fuxi_torchrec.faults import Interrupted, signals
-from fuxi_torchrec.loader import Position, TrainingStream, positions_after, prefetch, prefetch_depth
+from fuxi_torchrec.flops import FORWARD_AND_BACKWARD, encoder_flops, loss_flops, non_embedding_parameters
+from fuxi_torchrec.hardware import peak_flops
+from fuxi_torchrec.loader import Position, TrainingStream, pinned, positions_after, prefetch, prefetch_depth
 from fuxi_torchrec.metrics import is_better
 from fuxi_torchrec.negatives import NegativeSampler, training_frequency
 from fuxi_torchrec.pipelines import build_pipeline
-from fuxi_torchrec.progress import Progression, Rate
+from fuxi_torchrec.profiling import StepProfile
+from fuxi_torchrec.progress import Progression
 from fuxi_torchrec.run_folder import RunFolder
-from fuxi_torchrec.sharding import World, build_distributed, build_optimizer, prepare_step
+from fuxi_torchrec.schedule import learning_rate, step_seed
+from fuxi_torchrec.sharding import World, build_distributed, build_optimizer, check_parameters, prepare_step
 from fuxi_torchrec.shards import PLAN_FILE, plan_record, trained_by
+from fuxi_torchrec.stages import stage
+from fuxi_torchrec.step_record import StepRecord
+
+
+class StepDone(NamedTuple):
+    """loss: mean over the global batch; None where it has been left on the device. positions: the global number. stop:
+    whether any rank was told to stop."""
+
+    loss: Optional[float]
+    positions: int
+    stop: bool
 
 
 class Trainer:
@@ -41,9 +53,18 @@ class Trainer:
         run: the run's folder.
         world: this process's place.
         resume: go on from the last checkpoint, if there is one.
+        profile: record some early steps for a trace viewer.
     """
 
-    def __init__(self, config: Config, dataset: SequenceDataset, run: RunFolder, world: World, resume: bool = False):
+    def __init__(
+        self,
+        config: Config,
+        dataset: SequenceDataset,
+        run: RunFolder,
+        world: World,
+        resume: bool = False,
+        profile: bool = False,
+    ):
         self.config, self.dataset, self.run, self.world = config, dataset, run, world
         seed, num_items = config.trainer.seed, dataset.identity.num_items
         torch.manual_seed(seed)
@@ -56,8 +77,11 @@ class Trainer:
         plan, table = self.model.plan, self.table
         beside = {PLAN_FILE: plan_record(plan, table, num_items, config.model.embedding_dim, world.size)}
         self.checkpoints = Checkpoints(run.checkpoints, config, num_items, world, beside, trained_by(plan, table))
+        self.record = StepRecord(world, peak_flops(config.trainer, world.device))
+        self.reads_every_step = world.device.type == "cpu"  # where it costs nothing
         self.position = Position()
         self.users_seen = 0  # of the current epoch, over all ranks
+        self.tokens, self.flops = 0, 0  # positions trained on since the first step and what they took, over all ranks
         self.best_value: Optional[float] = None
         self.without_better = 0
         self.evaluated_step = -1
@@ -70,6 +94,7 @@ class Trainer:
         if world.is_main:
             run.describe(config, dataset.identity)
         self.progression = Progression(run, self._progress(), self.position.step, world.is_main)
+        self.profile = StepProfile(run, self.progression.say) if profile and world.is_main else None
 
     def fit(self) -> Dict[str, Dict[str, float]]:
         """Trains to the end, then evaluates the best checkpoint. Returns {split: metrics} with a popularity row as
@@ -85,38 +110,56 @@ class Trainer:
                     self.progression.say(f"no better {self.config.trainer.metric} for {waited}")
                 return self._final_evaluation()
         finally:
+            if self.profile:
+                self.profile.close()
             self.progression.close()
 
+    def counted(self) -> Dict[str, Any]:
+        """What the run is made of and took so far: sizes, tokens (over all ranks and epochs, of an early end too) and exact
+        FLOPs."""
+        config = self.config
+        return {
+            "processes": self.world.size,
+            "step": self.position.step,
+            "users": self.dataset.identity.num_users,
+            "items": self.dataset.identity.num_items,
+            "width": config.model.embedding_dim,
+            "non_embedding_parameters": non_embedding_parameters(config.model, config.padded_length),
+            "tokens": self.tokens,
+            "flops": self.flops,
+        }
+
     def _epoch(self) -> None:
-        epoch, losses, rate = self.position.epoch, [], Rate()
-        depth = prefetch_depth(self.config.data, self.world.device.type)
-        batches = self._in_step(prefetch(self.stream.epoch(self.position), depth))
+        epoch, device_type = self.position.epoch, self.world.device.type
+        stream = pinned(self.stream.epoch(self.position), device_type)
+        batches = self._in_step(prefetch(stream, prefetch_depth(self.config.data, device_type)))
         self.pipeline.drop()
+        self.record.start()
         while True:
-            done = self._step(self.pipeline.take(batches), bool(self.received))
+            with stage("loader"):
+                batch = self.pipeline.take(batches)
+            done = self._step(batch, bool(self.received))
             if done is None:
                 break
-            loss, positions, stop = done
-            losses.append((loss, positions))
-            rate.add(positions)
-            step = self.position.step
+            if self.profile:
+                self.profile.step()
             self.progression.step(self._progress())
-            if step % self.config.trainer.log_every_steps == 0:
-                self._log(losses, rate)
-            if stop:
+            if self.position.step % self.config.trainer.log_every_steps == 0:
+                self._log()
+            if done.stop:
                 self._stop(evaluation_due=self._evaluation_is_due())
             if self._reached_max_steps():
                 break
             if self._evaluation_is_due():
                 self._evaluate_and_save(must_save=self._save_is_due())
-                rate.start()
+                self.record.start()
                 if self._patience_is_out():
                     return
             elif self._save_is_due():
                 self._save(is_best=False)
-                rate.start()
-        if losses:
-            self._log(losses, rate)
+                self.record.start()
+        if not self.record.is_empty:
+            self._log()
         if not self._reached_max_steps():
             self.position, self.users_seen = Position(epoch=epoch + 1, step=self.position.step), 0
             self.stream.deals = []
@@ -143,68 +186,52 @@ class Trainer:
             position = batch.position
             yield batch
 
-    def _step(self, batch: Optional[SequenceBatch], stop: bool) -> Optional[Tuple[float, int, bool]]:
-        """One optimizer step on a batch that the pipeline handed out; None: there is none left.
-
-        Returns the global mean loss, the global number of positions, and whether any rank was told to stop; None (and
-        no step is made) where no rank has a position left.
-        """
+    def _step(self, batch: Optional[SequenceBatch], stop: bool) -> Optional[StepDone]:
+        """One optimizer step on a batch that the pipeline handed out; None: there is none left, or no rank has a position
+        left, and no step is made."""
         if batch is None:
             return None
         position = batch.position
-        torch.manual_seed(_step_seed(self.config.trainer.seed, self.world.rank, position.step))
+        torch.manual_seed(step_seed(self.config.trainer.seed, self.world.rank, position.step))
         self.learning_rate = learning_rate(self.config.optimizer, position.step, self._progress())
         prepare_step(self.optimizer, self.learning_rate)
         loss_sum = self.pipeline.forward(batch)
-        here = [batch.num_positions, len(batch.user_ids_B), stop]
-        here = torch.tensor(here, dtype=torch.float64, device=self.world.device)
-        total, positions, users, stops = self.world.sum(torch.cat([loss_sum.detach().double()[None], here])).tolist()
+        here = [batch.num_positions, len(batch.user_ids_B), stop, batch.num_candidates, self._forward_flops(batch)]
+        positions, users, stops, candidates, flops = self.world.sum_on_host(here)
         if positions == 0:
             return None
-        loss = total / positions
-        if not math.isfinite(loss):
-            raise self._diverged(batch, float(loss_sum.detach()), position.step)
+        self.record.add_loss(position.step, loss_sum, positions, batch.user_ids_B)
+        loss = self.record.read(position.step) if self.reads_every_step else None
         # DDP averages over ranks, and so does TorchRec for the rows of a sharded table (its gradient division); the loss
         # is the mean over the positions of the global batch.
-        (loss_sum * (self.world.size / positions)).backward()
-        if self.config.optimizer.clip_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip_grad_norm)
-        self.optimizer.step()
+        with stage("backward"):
+            (loss_sum * (self.world.size / positions)).backward()
+        with stage("optimizer"):
+            if self.config.optimizer.clip_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip_grad_norm)
+            self.optimizer.step()
         self.position = position
-        self.users_seen += int(users)
-        return loss, int(positions), stops > 0
+        self.users_seen += users
+        if self.config.loss.cross_rank:
+            flops += loss_flops(positions, candidates, self.config.model.embedding_dim)
+        self.tokens, self.flops = self.tokens + positions, self.flops + FORWARD_AND_BACKWARD * flops
+        self.record.lap(positions, FORWARD_AND_BACKWARD * flops)
+        return StepDone(loss, positions, stops > 0)
 
-    def _diverged(self, batch: SequenceBatch, loss_sum: float, step: int) -> UserError:
-        """Every rank comes here, since the loss is that of all; the users are those of the ranks where it broke."""
-        mine = [] if math.isfinite(loss_sum) else batch.user_ids_B.tolist()
-        users = [user for some in self._gathered(mine) for user in some]
-        shown = ", ".join(map(str, users[:10])) + (f", … ({len(users)} in all)" if len(users) > 10 else "")
-        whose = f"users of its batch: {shown}"
-        return UserError(
-            f"step {step}: the loss is not finite, stopped before the update; {whose}; "
-            "try a lower optimizer.learning_rate or optimizer.clip_grad_norm"
-        )
+    def _forward_flops(self, batch: SequenceBatch) -> int:
+        """Of this rank's tower, and of its loss where no rank sees another's candidates."""
+        model = self.config.model
+        flops = encoder_flops(model, batch.host_lengths)
+        if not self.config.loss.cross_rank:
+            flops += loss_flops(batch.num_positions, batch.num_candidates, model.embedding_dim)
+        return flops
 
-    def _gathered(self, value: Any) -> List[Any]:
-        values = [value]
-        if self.world.size > 1:
-            values = [None] * self.world.size
-            dist.all_gather_object(values, value)
-        return values
-
-    def _log(self, losses: List[Tuple[float, int]], rate: Rate) -> None:
-        positions = sum(count for _, count in losses)
-        line = {
-            "step": self.position.step,
-            "epoch": self.position.epoch + 1,
-            "loss": sum(loss * count for loss, count in losses) / positions,
-            "tokens_per_second": rate.take(),
-            "learning_rate": self.learning_rate,
-        }
-        losses.clear()
-        self.progression.training(line)
+    def _log(self) -> None:
+        line = {"step": self.position.step, "epoch": self.position.epoch + 1}
+        self.progression.training({**line, **self.record.take(self.position.step), "learning_rate": self.learning_rate})
 
     def _evaluate_and_save(self, must_save: bool) -> None:
+        self._settle()
         split = self.config.evaluation.split or evaluation_splits(self.config.data)[0]
         try:
             metrics = self._evaluate(split)
@@ -250,8 +277,15 @@ class Trainer:
     def _signal(self) -> int:
         return self.received[0] if self.received else signal.SIGTERM
 
+    def _settle(self) -> None:
+        """Waits for the steps made so far. Raises UserError where one of them broke the model."""
+        self.record.read(self.position.step)
+        self.record.lap()
+
     def _save(self, is_best: bool, evaluation_due: bool = False) -> None:
-        positions = self._gathered(self.position.to_dict())
+        self._settle()
+        check_parameters(self.model, self.world, self.position.step)
+        positions = self.world.gathered(self.position.to_dict())
         state = {
             "step": self.position.step,
             "epoch": self._epochs_done(),
@@ -260,6 +294,8 @@ class Trainer:
             "deals": [[position.to_dict() for position in world] for world in self.stream.deals],
             "metrics_bytes": self.run.metrics_size(),
             "users_seen": self.users_seen,
+            "tokens": self.tokens,
+            "flops": self.flops,
             "best_value": self.best_value,
             "without_better": self.without_better,
             "evaluated_step": self.evaluated_step,
@@ -277,7 +313,7 @@ class Trainer:
         if state is None:
             return
         self.position, self.stream.deals = positions_after(state, self.world.rank, self.world.size)
-        self.users_seen = state["users_seen"]
+        self.users_seen, self.tokens, self.flops = (state.get(name, 0) for name in ("users_seen", "tokens", "flops"))
         self.evaluated_step, self.evaluation_due = state["evaluated_step"], state["evaluation_due"]
         self.best_value, self.without_better = state["best_value"], state["without_better"]
 
@@ -313,17 +349,3 @@ class Trainer:
         by_epochs = (self.position.epoch + self.users_seen / users) / trainer.max_epochs
         by_steps = self.position.step / trainer.max_steps if trainer.max_steps else 0.0
         return min(1.0, max(by_epochs, by_steps))
-
-
-def learning_rate(config: OptimizerConfig, step: int, progress: float) -> float:
-    """Learning rate of the step-th step (from 1): linear warm-up, then constant, or cosine in `progress` (0 … 1)."""
-    if step <= config.warmup_steps:
-        return config.learning_rate * step / config.warmup_steps
-    if config.schedule == "constant":
-        return config.learning_rate
-    span = config.learning_rate - config.min_learning_rate
-    return config.min_learning_rate + span * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def _step_seed(seed: int, rank: int, step: int) -> int:
-    return int(np.random.SeedSequence([seed, rank, step, 1]).generate_state(1, np.uint64)[0] >> 1)

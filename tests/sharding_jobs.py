@@ -1,6 +1,7 @@
 """What the processes of test_sharding.py do."""
 
 import dataclasses
+import resource
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from fuxi_torchrec.config import Config
 from fuxi_torchrec.config_check import check
 from fuxi_torchrec.dataset import SequenceDataset, concatenate, windows
 from fuxi_torchrec.errors import UserError
-from fuxi_torchrec.evaluation import evaluate
+from fuxi_torchrec.evaluation import encoded_queries, evaluate
 from fuxi_torchrec.negatives import Negatives, NegativeSampler, training_frequency
 from fuxi_torchrec.ops.ranking import Seen
 from fuxi_torchrec.ops.sampled_softmax import l2_normalize
@@ -125,6 +126,36 @@ def metrics(world, config, batch_size):
     torch.manual_seed(0)
     model, _ = build_distributed(config, dataset.identity, world)
     return evaluate(model, dataset, config, "test", world)
+
+
+def ranks_of_users(world, config, batch_size, num_items):
+    """user id -> rank of the test target, end to end, by the freshly initialised model with so many items."""
+    config.evaluation.batch_size = batch_size
+    dataset = SequenceDataset(config.data.path)
+    torch.manual_seed(0)
+    model, _ = build_distributed(config, dataclasses.replace(dataset.identity, num_items=num_items), world)
+    ranks = {}
+    for queries in encoded_queries(model, dataset, config, "test", world):
+        asked = queries.query_BD, queries.target_B, queries.seen
+        ranking = full_ranking.rank_targets(model, world, *asked, config.loss.temperature, config.loss.l2_eps)
+        ranks.update(zip(queries.user_ids_B.tolist(), ranking.rank_Q.tolist()))
+    return ranks
+
+
+def ranking_memory(world, config, num_items, num_queries):
+    """Bytes by which ranking raises this rank's peak memory."""
+    identity = dataclasses.replace(SequenceDataset(config.data.path).identity, num_items=num_items)
+    model, _ = build_distributed(config, identity, world)
+    query_QD = l2_normalize(torch.randn(num_queries, config.model.embedding_dim))
+    asked = query_QD, torch.zeros(num_queries, dtype=torch.int64), Seen(*torch.zeros(2, 0, dtype=torch.int64))
+    before = peak_memory()
+    with torch.inference_mode():
+        full_ranking.rank_targets(model, world, *asked, 0.05, 1e-6)
+    return peak_memory() - before
+
+
+def peak_memory():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
 def poisoned_metrics(world, config):

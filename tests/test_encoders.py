@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fuxi_torchrec.config import ModelConfig
-from fuxi_torchrec.encoders import build_encoder
+from fuxi_torchrec.encoders import ENCODERS, build_encoder
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.ops.fused import dropout
 from fuxi_torchrec.ops.jagged import JaggedLayout
@@ -114,12 +114,45 @@ def sasrec_block(block, h, activation):
         scores = scores.masked_fill(torch.ones(n, n).triu(1).bool(), -math.inf)
         parts.append(torch.softmax(scores, -1) @ v[:, head])
     a = torch.cat(parts, 1) @ block.attention_out_weight.T + block.attention_out_bias
-    r = standardise(query + a, 1e-8)
-    return r + activation(r @ block.ffn_in_weight.T + block.ffn_in_bias) @ block.ffn_out_weight.T + block.ffn_out_bias
+    return sasrec_ffn(block.ffn, standardise(query + a, 1e-8), activation)
+
+
+def sasrec_ffn(ffn, r, activation):
+    return r + activation(r @ ffn.in_weight.T + ffn.in_bias) @ ffn.out_weight.T + ffn.out_bias
+
+
+def beta_map(block, x):
+    """A_pos + A_time, causal."""
+    temporal = block.mixers["temporal"]
+    A = lag_matrix(block.mixers["positional"].weight_N, len(x))
+    return (A + form(temporal.kind, dict(temporal.named_parameters()), x)).tril()
+
+
+def hstu_beta_block(block, h, x):
+    u, v = silu(standardise(h, 1e-6) @ block.input_weight).chunk(2, 1)
+    y = standardise(beta_map(block, x) @ v, 1e-6)  # every head has the same map
+    return (u * y) @ block.output_weight.T + block.output_bias + h
+
+
+def sasrec_beta_block(block, h, x, activation):
+    v = h @ block.value_weight.T + block.value_bias
+    a = (beta_map(block, x) @ v) @ block.output_weight.T + block.output_bias
+    return sasrec_ffn(block.ffn, standardise(standardise(h, 1e-8) + a, 1e-8), activation)
+
+
+def flash_block(block, h, padded_length):
+    """FLASH's pseudocode (figure 2 (c) and section 3.2), quadratic."""
+    e, s = block.value_width, block.qk_dim
+    x = standardise(h, 1e-6) * block.norm_weight + block.norm_bias
+    u, v, z = silu(x @ block.input_weight.T + block.input_bias).split([e, e, s], 1)
+    q, k = z * block.scale_2q[0] + block.offset_2q[0], z * block.scale_2q[1] + block.offset_2q[1]
+    A = torch.relu(q @ k.T / padded_length + lag_matrix(block.positional.weight_N, len(h))) ** 2
+    return (u * (A.tril() @ v)) @ block.output_weight.T + block.output_bias + h
 
 
 def slow(encoder, model_config, embeddings, past, future, lengths):
     """One user after another, straight from docs/models.md."""
+    activation = {"relu": torch.relu, "gelu": nn.functional.gelu}[model_config.activation]
     outputs, start = [embeddings.new_zeros(0, embeddings.shape[1])], 0
     for n in [n for n in lengths if n]:
         rows = slice(start, start + n)
@@ -130,7 +163,13 @@ def slow(encoder, model_config, embeddings, past, future, lengths):
             if model_config.encoder == "hstu":
                 h = hstu_block(block, h, x, encoder.padded_length)
             elif model_config.encoder == "sasrec":
-                h = sasrec_block(block, h, {"relu": torch.relu, "gelu": nn.functional.gelu}[model_config.activation])
+                h = sasrec_block(block, h, activation)
+            elif model_config.encoder == "hstu_beta":
+                h = hstu_beta_block(block, h, x)
+            elif model_config.encoder == "sasrec_beta":
+                h = sasrec_beta_block(block, h, x, activation)
+            elif model_config.encoder == "flash":
+                h = flash_block(block, h, encoder.padded_length)
             else:
                 h = fuxi_block(block, encoder.channels, h, x, encoder.padded_length)
         outputs.append(h)
@@ -201,7 +240,7 @@ def test_every_choice_of_channels_is_one_block(channels):
     compare(config(encoder="fuxi_beta", channels=channels, num_heads=3, value_dim=2))
 
 
-TOWERS = ("fuxi_beta", "fuxi_alpha", "hstu", "sasrec")
+TOWERS = list(ENCODERS)
 
 
 @pytest.mark.parametrize("encoder", TOWERS)
@@ -322,7 +361,7 @@ def test_towers_need_torch_alone():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
 
 
-@pytest.mark.parametrize("encoder", ["fuxi_beta", "fuxi_alpha", "hstu", "sasrec"])
+@pytest.mark.parametrize("encoder", ENCODERS)
 def test_a_rank_without_users_trains_on_with_zero_gradients(encoder):
     """Every parameter gets a gradient from an empty batch, or data parallelism would wait for it forever."""
     tower = build_encoder(config(encoder=encoder), padded_length=15).train()

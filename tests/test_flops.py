@@ -6,7 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fuxi_torchrec.config import ModelConfig
-from fuxi_torchrec.encoders import ENCODERS, build_encoder, fuxi, hstu
+from fuxi_torchrec.encoders import ENCODERS, build_encoder, flash, fuxi, hstu
 from fuxi_torchrec.flops import (
     BLOCK_COSTS,
     FORWARD_AND_BACKWARD,
@@ -16,7 +16,7 @@ from fuxi_torchrec.flops import (
     non_embedding_parameters,
     training_flops,
 )
-from fuxi_torchrec.ops.jagged import JaggedLayout
+from fuxi_torchrec.ops.jagged import JaggedLayout, from_padded, to_padded
 from fuxi_torchrec.ops.pointwise_attention import silu_attention_reference
 from fuxi_torchrec.ops.sampled_softmax import sampled_softmax_reference
 
@@ -30,7 +30,15 @@ DENSE = [
     dict(encoder="fuxi_alpha"),
     dict(encoder="hstu"),
     dict(encoder="sasrec"),
+    dict(encoder="flash"),
+    dict(encoder="hstu_beta"),
+    dict(encoder="sasrec_beta"),
 ]
+
+
+def dense_flash_attention(queries_T1q, keys_T1q, values_T1E, layout, lag_weights_N):
+    q_BNq, k_BNq, v_BNE = (to_padded(x[:, 0], layout) for x in (queries_T1q, keys_T1q, values_T1E))
+    return from_padded(torch.relu(q_BNq @ k_BNq.mT).square() @ v_BNE, layout)[:, None]
 
 
 @pytest.mark.parametrize("choice", DENSE, ids=lambda choice: "-".join(map(str, choice.values())))
@@ -38,6 +46,7 @@ def test_a_tower_costs_what_pytorch_counts_in_its_dense_form(choice, monkeypatch
     """Users of one length: the dense form computes n² pairs where n (n + 1) / 2 are needed, and nothing else more."""
     monkeypatch.setattr(fuxi, "silu_attention", silu_attention_reference)
     monkeypatch.setattr(hstu, "silu_attention", silu_attention_reference)
+    monkeypatch.setattr(flash, "squared_relu_attention", dense_flash_attention)
     config = ModelConfig(**SIZES, token_mixing="reference", **choice)
     encoder = build_encoder(config, padded_length=LENGTH)
     layout = JaggedLayout.from_lengths([LENGTH] * USERS)

@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from fuxi_torchrec.batch import EVENTS, NEGATIVES, collate
-from fuxi_torchrec.candidates import HistoryMask, RankShare, expected_count, shared_candidates
+from fuxi_torchrec.candidates import (
+    MASKED_LOGIT,
+    HistoryMask,
+    RankShare,
+    _repeated_in_batch,
+    expected_count,
+    shared_candidates,
+)
 from fuxi_torchrec.config import Config, LossConfig
 from fuxi_torchrec.config_check import check
 from fuxi_torchrec.dataset import SequenceDataset, UserRows, Windows
@@ -176,32 +183,46 @@ def full_softmax():
 
 def estimates(config, draws, others=60):
     """Losses [S] and gradients [S, (1 + V) · D] of the same position over `draws` batches. The other positions'
-    positives are drawn from the training frequencies (so is a batch of one-event users)."""
-    sampler = NegativeSampler(config, V, seed=11, frequency_V=FREQUENCY_V)
+    positives are drawn from the training frequencies (so is a batch of one-event users). With cross_rank a third of
+    them are on a second rank."""
     random = np.random.default_rng(12)
     table, output = (x.requires_grad_() for x in catalogue())
+    sizes = [1 + others - others // 3, others // 3] if config.cross_rank else [1 + others]
+    samplers = [NegativeSampler(config, V, 11, rank, FREQUENCY_V) for rank in range(len(sizes))]
     losses, gradients = [], []
     for step in range(draws):
-        positives = np.concatenate([[POSITIVE], random.choice(V, others, p=SHARE_V)])
-        negatives = sampler.sample(positives, step)
-        ids, draws_P, share_P = negatives.ids_U, negatives.expected_draws_P, negatives.item_share_P
-        in_batch = negatives.in_batch_index_N
-        if in_batch is not None:
-            ids = torch.cat([ids, torch.from_numpy(positives)[in_batch]])
+        positives = [random.choice(V, size, p=SHARE_V) for size in sizes]
+        positives[0][0] = POSITIVE
+        drawn = [sampler.sample(ids, step) for sampler, ids in zip(samplers, positives)]
         own = torch.tensor([POSITIVE])
         if config.negatives == "per_token":
+            (negatives,) = drawn
             index, where = negatives.index_TK[:1], negatives.positive_index_T[:1]
-            bias = None if draws_P is None else -draws_P.log()
-            loss = per_token_sampled_softmax(output, table[own], table[ids], index, where, TAU, bias)
+            bias = -negatives.expected_draws_P.log() if config.log_q else None
+            loss = per_token_sampled_softmax(output, table[own], table[negatives.ids_U], index, where, TAU, bias)
         else:
-            share = RankShare(0, 0, len(positives), negatives.in_batch_kept)
-            bias = None if draws_P is None else -expected_count(draws_P, share_P, [share]).log()
+            ids, bias = candidates_of(positives, drawn, config.log_q)
             loss = shared_sampled_softmax(output, table[own], table[ids], ids, own, TAU, bias)
         output.grad = table.grad = None
         loss.backward()
         losses.append(loss.item())
         gradients.append(torch.cat([output.grad, table.grad]).flatten())
     return torch.tensor(losses, dtype=torch.float64), torch.stack(gradients).double()
+
+
+def candidates_of(positives, drawn, log_q):
+    """The first rank's candidates and their bias, as candidates.shared_candidates gathers them from all ranks."""
+    ids, shares = [], []
+    for of_rank, negatives in zip(positives, drawn):
+        index_N = negatives.in_batch_index_N if negatives.in_batch_index_N is not None else slice(0, 0)
+        in_batch = torch.from_numpy(of_rank)[index_N]
+        ids += [negatives.ids_U, in_batch]
+        shares.append(RankShare(len(negatives.ids_U), len(in_batch), len(of_rank), negatives.in_batch_kept))
+    ids, bias = torch.cat(ids), torch.zeros(sum(map(len, ids)))
+    if log_q:
+        share_P = None if drawn[0].item_share_P is None else torch.cat([each.item_share_P for each in drawn])
+        bias = -expected_count(torch.cat([each.expected_draws_P for each in drawn]), share_P, shares).log()
+    return ids, bias.masked_fill(_repeated_in_batch(ids, shares), MASKED_LOGIT)
 
 
 SAMPLERS = {
@@ -216,6 +237,9 @@ SAMPLERS = {
     "in_batch, some": LossConfig(negatives="in_batch", max_in_batch=8),
     "mixed": LossConfig(negatives="mixed", num_negatives=12),
     "mixed by frequency": LossConfig(negatives="mixed", num_negatives=12, sampling_alpha=0.5),
+    "uniform, cross_rank": LossConfig(negatives="shared", num_negatives=6, cross_rank=True),
+    "in_batch, cross_rank": LossConfig(negatives="in_batch", cross_rank=True),
+    "mixed, cross_rank": LossConfig(negatives="mixed", num_negatives=6, sampling_alpha=0.5, cross_rank=True),
 }
 
 

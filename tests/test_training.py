@@ -14,8 +14,9 @@ from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.evaluation import evaluate
 from fuxi_torchrec.run_folder import RunFolder
 from fuxi_torchrec.saved import open_model
+from fuxi_torchrec.schedule import learning_rate
 from fuxi_torchrec.sharding import start_world
-from fuxi_torchrec.training import Interrupted, Trainer, learning_rate
+from fuxi_torchrec.training import Interrupted, Trainer
 
 
 def tiny(folder, **trainer):
@@ -91,8 +92,10 @@ def test_a_shared_pool_trains(small_dataset, tmp_path):
 
 @pytest.mark.parametrize("stop", [4, 11, 20])
 def test_a_stopped_run_resumes_with_the_same_losses_to_the_bit(small_dataset, tmp_path, stop):
-    config = tiny(small_dataset)
+    """Fifty steps and more after it, from within the first, the second and the third epoch."""
+    config = tiny(small_dataset, max_epochs=8)
     whole = train(config, tmp_path / "whole")
+    assert len(losses(tmp_path / "whole")) >= stop + 50
     with pytest.raises(Interrupted) as stopped:
         train(config, tmp_path / "cut", before=stop_after(stop))
     assert stopped.value.code == 128 + signal.SIGTERM

@@ -4,10 +4,13 @@ from typing import Callable, Dict
 
 from fuxi_torchrec.config import ModelConfig
 from fuxi_torchrec.encoders.base import SequenceEncoder
+from fuxi_torchrec.encoders.flash import FLASHEncoder
 from fuxi_torchrec.encoders.fuxi import build_fuxi_alpha
 from fuxi_torchrec.encoders.fuxi_beta import build_fuxi_beta
 from fuxi_torchrec.encoders.hstu import HSTUEncoder
+from fuxi_torchrec.encoders.hstu_beta import build_hstu_beta
 from fuxi_torchrec.encoders.sasrec import SASRecEncoder
+from fuxi_torchrec.encoders.sasrec_beta import SASRecBetaEncoder
 from fuxi_torchrec.errors import UserError
 
 ENCODERS: Dict[str, Callable[[ModelConfig, int, float], SequenceEncoder]] = {
@@ -15,9 +18,12 @@ ENCODERS: Dict[str, Callable[[ModelConfig, int, float], SequenceEncoder]] = {
     "fuxi_alpha": build_fuxi_alpha,
     "hstu": HSTUEncoder,
     "sasrec": SASRecEncoder,
+    "flash": FLASHEncoder,
+    "hstu_beta": build_hstu_beta,
+    "sasrec_beta": SASRecBetaEncoder,
 }
-"""config.encoder -> builder(config, padded_length, time_unit). A new tower (flash, hstu_beta, sasrec_beta) is one file
-and one line here, and its name in config.EncoderName."""
+"""config.encoder -> builder(config, padded_length, time_unit). A new tower is one file and one line here, its cost in
+`flops.BLOCK_COSTS`, and its name in config.EncoderName."""
 
 _AT_LEAST_ONE = ("embedding_dim", "num_blocks", "num_heads", "value_dim", "qk_dim")
 

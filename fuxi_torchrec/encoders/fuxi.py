@@ -5,8 +5,7 @@ Source: FuXi-α (arXiv 2502.03036), sections 3.2 to 3.4; FuXi-β (arXiv 2508.106
 Shapes: T tokens, D embedding, H heads, d value and q query/key size per head, C channels, F feed-forward width.
 """
 
-from dataclasses import dataclass
-from typing import List, Sequence, Tuple
+from typing import Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -14,24 +13,16 @@ from torch import Tensor, nn
 
 from fuxi_torchrec.config import CHANNEL_PRESETS, ModelConfig
 from fuxi_torchrec.encoders import streaming
-from fuxi_torchrec.encoders.base import SequenceEncoder, reset_linear_bias
-from fuxi_torchrec.encoders.channels import BucketedTemporalChannel, FunctionalTemporalChannel, PositionalChannel
+from fuxi_torchrec.encoders.base import reset_linear_bias
+from fuxi_torchrec.encoders.mixing import MixingBlock, MixingContext, MixingEncoder
 from fuxi_torchrec.encoders.streaming import StreamingState
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.ops.fused import gated_rms_norm, rms_norm, silu_split, swiglu
 from fuxi_torchrec.ops.jagged import JaggedLayout
 from fuxi_torchrec.ops.pointwise_attention import silu_attention
-from fuxi_torchrec.ops.time_maps import Channel, TimeGaps
-from fuxi_torchrec.ops.token_mixing import mix_tokens, prepare
 
 CHANNEL_ORDER = ("positional", "temporal", "bucketed_temporal", "semantic")
 """The order of the channels in a block, whatever their order in the config."""
-
-
-@dataclass
-class FuXiContext:
-    layout: JaggedLayout
-    gaps: TimeGaps
 
 
 def ordered_channels(names: Sequence[str]) -> Tuple[str, ...]:
@@ -42,7 +33,7 @@ def ordered_channels(names: Sequence[str]) -> Tuple[str, ...]:
     return tuple(name for name in CHANNEL_ORDER if name in names)
 
 
-class FuXiBlock(nn.Module):
+class FuXiBlock(MixingBlock):
     """Token mixing per channel, gated; then the two-stage feed-forward layer.
 
     Parameters: input_weight = W_in, output_weight/bias = W_0 and b_0 (transposed), ffn_in_weight = W_1 above W_3
@@ -50,17 +41,12 @@ class FuXiBlock(nn.Module):
     """
 
     def __init__(self, config: ModelConfig, channels: Sequence[str], padded_length: int) -> None:
-        super().__init__()
-        self.asked_mixing = self.token_mixing = config.token_mixing
+        super().__init__(config, [name for name in channels if name != "semantic"], padded_length)
         D, H, d, q = config.embedding_dim, config.num_heads, config.value_dim, config.qk_dim
         self.num_heads, self.value_dim, self.qk_dim = H, d, q
         self.dropout = config.dropout
         self.padded_length = padded_length
         self.has_semantic = "semantic" in channels
-        self.mixers = nn.ModuleDict()
-        for name in channels:
-            if name != "semantic":
-                self.mixers[name] = _make_mixer(name, config.bias_function, padded_length)
         self.mixed_width = len(channels) * H * d
         width = self.mixed_width + H * d + (2 * H * q if self.has_semantic else 0)
         hidden = int(D * config.ffn_multiply)
@@ -77,10 +63,9 @@ class FuXiBlock(nn.Module):
         for half in self.ffn_in_weight.data.chunk(2):
             nn.init.xavier_uniform_(half)
         nn.init.xavier_uniform_(self.ffn_out_weight)
-        for mixer in self.mixers.values():
-            mixer.reset_parameters()
+        self.reset_mixers()
 
-    def forward(self, x_TD: Tensor, context: FuXiContext) -> Tensor:
+    def forward(self, x_TD: Tensor, context: MixingContext) -> Tensor:
         u, v_TE, queries_keys = self.project(x_TD)
         return self.finish(x_TD, u, self.mix(v_TE, queries_keys, context))
 
@@ -97,22 +82,12 @@ class FuXiBlock(nn.Module):
         g_TD = rms_norm(h_TD, self.dropout, self.training)
         return F.linear(swiglu(F.linear(g_TD, self.ffn_in_weight)), self.ffn_out_weight) + h_TD
 
-    def mixing_channels(self) -> List[Channel]:
-        """The channels without queries and keys, for `mix_tokens`."""
-        return [mixer.channel() for mixer in self.mixers.values()]
-
-    def check_mixing(self) -> None:
-        """Looks whether `linear` token mixing is good for the temporal channel's parameters as they are."""
-        within = all(mixer.suits_linear() for mixer in self.mixers.values())
-        if self.asked_mixing in ("auto", "linear"):
-            self.token_mixing = self.asked_mixing if within else "exact"
-
-    def mix(self, v_TE: Tensor, queries_keys: Tensor, context: FuXiContext) -> Tensor:
+    def mix(self, v_TE: Tensor, queries_keys: Tensor, context: MixingContext) -> Tensor:
         """[T, C * H * d], per head the channels side by side."""
         v_THd = v_TE.unflatten(1, (self.num_heads, self.value_dim))
         parts = []
         if self.mixers:
-            parts.append(mix_tokens(v_THd, context.layout, self.mixing_channels(), context.gaps, self.token_mixing))
+            parts.append(self.mix_channels(v_THd, context))
         if self.has_semantic:
             q_THq, k_THq = queries_keys.unflatten(1, (2, self.num_heads, self.qk_dim)).unbind(1)
             y_THd = silu_attention(q_THq, k_THq, v_THd, context.layout, scale=1 / self.padded_length)
@@ -120,46 +95,15 @@ class FuXiBlock(nn.Module):
         return (parts[0] if len(parts) == 1 else torch.cat(parts, 2)).flatten(1)
 
 
-def _make_mixer(name: str, bias_function: str, padded_length: int) -> nn.Module:
-    if name == "positional":
-        return PositionalChannel(padded_length)
-    if name == "bucketed_temporal":
-        return BucketedTemporalChannel()
-    return FunctionalTemporalChannel(bias_function)
-
-
-class FuXiEncoder(SequenceEncoder):
+class FuXiEncoder(MixingEncoder):
     """A stack of FuXi blocks."""
 
     def __init__(
         self, config: ModelConfig, channels: Sequence[str], padded_length: int, time_unit: float = 1.0
     ) -> None:
-        super().__init__(config.embedding_dim, padded_length, config.input_dropout, time_unit)
         self.channels = ordered_channels(channels)
-        self.blocks.extend(FuXiBlock(config, self.channels, padded_length) for _ in range(config.num_blocks))
-        self.mixing_tolerance = config.mixing_tolerance
-        self.reset_parameters()
-        self.register_load_state_dict_post_hook(lambda module, _: module.check_mixing())
-
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        self.check_mixing()
-
-    def train(self, mode: bool = True) -> "FuXiEncoder":
-        self.check_mixing()
-        return super().train(mode)
-
-    def check_mixing(self) -> None:
-        """Looks whether linear token mixing is as exact as promised for the parameters' present values; what isn't is
-        computed exactly until the next look. It reads values from the device, so a trainer calls it when it logs."""
-        for block in self.blocks:
-            block.check_mixing()
-
-    def batch_context(self, timestamps_T: Tensor, next_timestamps_T: Tensor, layout: JaggedLayout) -> FuXiContext:
-        gaps = TimeGaps(timestamps_T, next_timestamps_T, layout, self.time_unit, self.mixing_tolerance)
-        for block in self.blocks:
-            prepare(layout, block.mixing_channels(), gaps, block.token_mixing)
-        return FuXiContext(layout, gaps)
+        blocks = [FuXiBlock(config, self.channels, padded_length) for _ in range(config.num_blocks)]
+        super().__init__(config, blocks, padded_length, time_unit)
 
     @property
     def value_width(self) -> int:

@@ -49,40 +49,69 @@ def _attention_with_dropout(q_GHnd: Tensor, k_GHnd: Tensor, v_GHnd: Tensor, drop
     return dropout(weights_GHnn, dropout_p, training=True).to(v_GHnd.dtype) @ v_GHnd
 
 
+class FeedForward(nn.Module):
+    """x + W_b dropout(act(W_a x)), with dropout after it too."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        D, hidden = config.embedding_dim, int(config.embedding_dim * config.ffn_multiply)
+        self.dropout = config.dropout
+        self.activation = {"relu": F.relu, "gelu": F.gelu}[config.activation]
+        self.in_weight = nn.Parameter(torch.empty(hidden, D))
+        self.in_bias = nn.Parameter(torch.empty(hidden))
+        self.out_weight = nn.Parameter(torch.empty(D, hidden))
+        self.out_bias = nn.Parameter(torch.empty(D))
+
+    def reset_parameters(self) -> None:
+        for weight, bias in ((self.in_weight, self.in_bias), (self.out_weight, self.out_bias)):
+            nn.init.xavier_normal_(weight)
+            reset_linear_bias(bias, weight.shape[1])
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        hidden_TF = self.activation(F.linear(x_TD, self.in_weight, self.in_bias))
+        out_TD = F.linear(dropout(hidden_TF, self.dropout, self.training), self.out_weight, self.out_bias)
+        return x_TD + dropout(out_TD, self.dropout, self.training)
+
+
+def check_heads(config: ModelConfig) -> None:
+    """UserError where the heads don't divide the width."""
+    if config.embedding_dim % config.num_heads:
+        raise UserError(
+            f"model.num_heads: {config.num_heads} does not divide model.embedding_dim = {config.embedding_dim}, "
+            "which SASRec's attention needs"
+        )
+
+
+def reset_sasrec_positions(position_embedding_ND: Tensor) -> None:
+    """Normal, σ = √(1/D), truncated at 2 σ (docs/models.md, "Input")."""
+    std = math.sqrt(1 / position_embedding_ND.shape[1])
+    nn.init.trunc_normal_(position_embedding_ND, std=std, a=-2 * std, b=2 * std)
+
+
 class SASRecBlock(nn.Module):
     """Attention and feed-forward layer. attention_in_weight holds query, key and value, one above the other."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        D, hidden = config.embedding_dim, int(config.embedding_dim * config.ffn_multiply)
+        D = config.embedding_dim
         self.num_heads = config.num_heads
-        self.dropout, self.attention_dropout = config.dropout, config.attention_dropout
-        self.activation = {"relu": F.relu, "gelu": F.gelu}[config.activation]
+        self.attention_dropout = config.attention_dropout
         self.attention_in_weight = nn.Parameter(torch.empty(3 * D, D))
         self.attention_in_bias = nn.Parameter(torch.empty(3 * D))
         self.attention_out_weight = nn.Parameter(torch.empty(D, D))
         self.attention_out_bias = nn.Parameter(torch.empty(D))
-        self.ffn_in_weight = nn.Parameter(torch.empty(hidden, D))
-        self.ffn_in_bias = nn.Parameter(torch.empty(hidden))
-        self.ffn_out_weight = nn.Parameter(torch.empty(D, hidden))
-        self.ffn_out_bias = nn.Parameter(torch.empty(D))
+        self.ffn = FeedForward(config)
 
     def reset_parameters(self) -> None:
-        for name, parameter in self.named_parameters():
-            if name.endswith("weight"):
-                nn.init.xavier_normal_(parameter)
+        for weight in (self.attention_in_weight, self.attention_out_weight):
+            nn.init.xavier_normal_(weight)
         nn.init.zeros_(self.attention_in_bias)
         nn.init.zeros_(self.attention_out_bias)
-        reset_linear_bias(self.ffn_in_bias, self.ffn_in_weight.shape[1])
-        reset_linear_bias(self.ffn_out_bias, self.ffn_out_weight.shape[1])
+        self.ffn.reset_parameters()
 
     def forward(self, x_TD: Tensor, layout: JaggedLayout) -> Tensor:
         query_TD = layer_norm(x_TD, EPS)
-        r_TD = layer_norm(query_TD + self._attention(query_TD, x_TD, layout), EPS)
-        hidden_TF = self.activation(F.linear(r_TD, self.ffn_in_weight, self.ffn_in_bias))
-        hidden_TF = dropout(hidden_TF, self.dropout, self.training)
-        out_TD = F.linear(hidden_TF, self.ffn_out_weight, self.ffn_out_bias)
-        return r_TD + dropout(out_TD, self.dropout, self.training)
+        return self.ffn(layer_norm(query_TD + self._attention(query_TD, x_TD, layout), EPS))
 
     def _attention(self, query_TD: Tensor, x_TD: Tensor, layout: JaggedLayout) -> Tensor:
         D, heads = x_TD.shape[1], (self.num_heads, -1)
@@ -100,18 +129,12 @@ class SASRecEncoder(SequenceEncoder):
 
     def __init__(self, config: ModelConfig, padded_length: int, time_unit: float = 1.0) -> None:
         super().__init__(config.embedding_dim, padded_length, config.input_dropout, time_unit)
-        if config.embedding_dim % config.num_heads:
-            raise UserError(
-                f"model.num_heads: {config.num_heads} does not divide model.embedding_dim = {config.embedding_dim}, "
-                "which SASRec's attention needs"
-            )
+        check_heads(config)
         self.blocks.extend(SASRecBlock(config) for _ in range(config.num_blocks))
         self.reset_parameters()
 
     def reset_positions(self) -> None:
-        """Normal, σ = √(1/D), truncated at 2 σ (docs/models.md, "Input")."""
-        std = math.sqrt(1 / self.embedding_dim)
-        nn.init.trunc_normal_(self.position_embedding_ND, std=std, a=-2 * std, b=2 * std)
+        reset_sasrec_positions(self.position_embedding_ND)
 
     def batch_context(self, timestamps_T: Tensor, next_timestamps_T: Tensor, layout: JaggedLayout) -> JaggedLayout:
         return layout

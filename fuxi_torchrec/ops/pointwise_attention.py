@@ -1,14 +1,14 @@
-"""Pointwise (SiLU) attention on jagged rows: HSTU's attention and FuXi-α's semantic channel.
+"""Pointwise attention on jagged rows: HSTU's, FuXi-α's semantic channel, and FLASH's.
 
-A^(head)[i,j] = SiLU(q_i · k_j + bias[i,j]) · scale for j <= i of the same user, y = A v. Source: HSTU (arXiv
-2402.17152), equation 2; docs/models.md. The maps exist a tile at a time, never above the diagonal's tiles, and backward
-makes them again: memory is linear in T.
+A^(head)[i,j] = f(q_i · k_j + bias[i,j]) · scale for j <= i of the same user, y = A v; f is SiLU, or relu². Sources: HSTU
+(arXiv 2402.17152), equation 2; FLASH (arXiv 2202.10447), section 3.2; docs/models.md. The maps exist a tile at a time,
+never above the diagonal's tiles, and backward makes them again: memory is linear in T.
 
 Shapes: T tokens, P padded slots, H heads, q query/key and d value size per head; in a length group G users, n positions,
 B = G * H, R rows of a strip, W its columns, w those of a tile.
 """
 
-from typing import Iterator, List, NamedTuple, Optional
+from typing import Callable, Iterator, List, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +47,17 @@ def silu_attention(
         assert gaps is not None
         strips = gaps.strips("bucketed", bucket_weights.dtype)
     qkv_P = (to_slots(x, layout) for x in (queries_THq, keys_THq, values_THd))
-    return from_slots(_SiLUAttention.apply(*qkv_P, lag_weights_N, bucket_weights, layout.slots, strips, scale), layout)
+    y_PHd = _PointwiseAttention.apply(*qkv_P, lag_weights_N, bucket_weights, layout.slots, strips, scale, _SILU)
+    return from_slots(y_PHd, layout)
+
+
+def squared_relu_attention(
+    queries_THq: Tensor, keys_THq: Tensor, values_THd: Tensor, layout: JaggedLayout, lag_weights_N: Tensor
+) -> Tensor:
+    """y = A v on jagged rows with A[i,j] = relu(q_i · k_j + lag_weights_N[i - j])², [T, H, d]."""
+    qkv_P = (to_slots(x, layout) for x in (queries_THq, keys_THq, values_THd))
+    y_PHd = _PointwiseAttention.apply(*qkv_P, lag_weights_N, None, layout.slots, None, 1.0, _SQUARED_RELU)
+    return from_slots(y_PHd, layout)
 
 
 def silu_attention_reference(
@@ -76,6 +86,17 @@ def silu_attention_reference(
     return from_padded((map_BHNN @ v_BHNd).transpose(1, 2), layout)
 
 
+class _Activation(NamedTuple):
+    """f, which may overwrite its input, and (gradient by f, input of f) -> gradient by the input."""
+
+    forward: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor], Tensor]
+
+
+_SILU = _Activation(lambda x: F.silu(x, inplace=True), torch.ops.aten.silu_backward)
+_SQUARED_RELU = _Activation(lambda x: x.clamp_(min=0).square_(), lambda grad, x: grad.mul_(x.clamp(min=0)).mul_(2))
+
+
 class _Strip(NamedTuple):
     """Some rows of the maps of a group's users: `rows` of n, all columns up to their last, cut into `tiles`; bias_GRW is
     None where there is none."""
@@ -86,13 +107,13 @@ class _Strip(NamedTuple):
     bucket_GRW: Optional[Tensor]
 
 
-class _SiLUAttention(torch.autograd.Function):
-    """apply(q_PHq, k_PHq, v_PHd, lag weights, bucket weights, slots, strips, scale) -> y_PHd."""
+class _PointwiseAttention(torch.autograd.Function):
+    """apply(q_PHq, k_PHq, v_PHd, lag weights, bucket weights, slots, strips, scale, activation) -> y_PHd."""
 
     @staticmethod
-    def forward(ctx, q_PHq, k_PHq, v_PHd, lag_weights_N, bucket_weights, slots, strips, scale):
+    def forward(ctx, q_PHq, k_PHq, v_PHd, lag_weights_N, bucket_weights, slots, strips, scale, activation):
         ctx.save_for_backward(q_PHq, k_PHq, v_PHd, lag_weights_N, bucket_weights)
-        ctx.slots, ctx.strips, ctx.scale = slots, strips, scale
+        ctx.slots, ctx.strips, ctx.scale, ctx.activation = slots, strips, scale, activation
         y_PHd = torch.empty_like(v_PHd, memory_format=torch.contiguous_format)
         with torch.autocast(v_PHd.device.type, enabled=False):
             for group in slots.groups:
@@ -101,7 +122,7 @@ class _SiLUAttention(torch.autograd.Function):
                 for rows, tiles, bias_GRW, _ in _strips(slots, group, v_PHd.shape[1], lag_weights_N, bucket_weights, strips):
                     for columns in tiles:
                         scores_BRw = _scores(q_Bnq[:, rows], k_Bnq[:, columns], bias_GRW, columns)
-                        map_BRw = _causal(F.silu(scores_BRw, inplace=True), rows, columns)
+                        map_BRw = _causal(activation.forward(scores_BRw), rows, columns)
                         y_Bnd[:, rows].baddbmm_(map_BRw.to(v_Bnd.dtype), v_Bnd[:, columns], alpha=scale)
                 _write_group(y_PHd, group, y_Bnd)
         return y_PHd
@@ -122,10 +143,10 @@ class _SiLUAttention(torch.autograd.Function):
                 scaled_BRd = grad_Bnd[:, rows] * ctx.scale
                 for columns in tiles:
                     scores_BRw = _scores(q_Bnq[:, rows], k_Bnq[:, columns], bias_GRW, columns)
-                    map_BRw = _causal(F.silu(scores_BRw), rows, columns)
+                    map_BRw = _causal(ctx.activation.forward(scores_BRw.clone()), rows, columns)
                     grad_v_Bnd[:, columns].baddbmm_(map_BRw.to(v_Bnd.dtype).mT, scaled_BRd)
                     by_map_BRw = torch.bmm(scaled_BRd, v_Bnd[:, columns].mT).to(scores_BRw.dtype)
-                    by_scores_BRw = _causal(torch.ops.aten.silu_backward(by_map_BRw, scores_BRw), rows, columns)
+                    by_scores_BRw = _causal(ctx.activation.backward(by_map_BRw, scores_BRw), rows, columns)
                     if by_bias_GRW is not None:
                         torch.sum(by_scores_BRw.unflatten(0, (group.users, -1)), 1, out=by_bias_GRW[:, :, columns])
                     by_scores_BRw = by_scores_BRw.to(q_Bnq.dtype)
@@ -137,7 +158,7 @@ class _SiLUAttention(torch.autograd.Function):
                     grad_buckets.index_add_(0, bucket_GRW.flatten(), by_bias_GRW.flatten())
             for grad_P, grad_Bn in zip(grads_P, grads):
                 _write_group(grad_P, group, grad_Bn)
-        return (*grads_P, grad_lags, grad_buckets, None, None, None)
+        return (*grads_P, grad_lags, grad_buckets, None, None, None, None)
 
 
 def _by_head(x_PHw: Tensor, group: LengthGroup) -> Tensor:

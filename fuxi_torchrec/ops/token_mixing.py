@@ -52,7 +52,7 @@ def mix_tokens(
     Returns:
         [T, H, C, d] in v's type: per head, the channels' outputs side by side, in the order given.
     """
-    assert channels, "at least one channel"
+    assert len(channels) > 0, "at least one channel"
     if implementation == "reference":
         return mix_reference(values_THd, layout, channels, gaps)
     chosen = _kernels(values_THd, layout, channels, implementation)

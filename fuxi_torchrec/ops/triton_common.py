@@ -15,9 +15,7 @@ Tiles = Tuple[Dict[str, int], int, int]
 """Tile sizes by their names in the kernel, warps, pipeline stages."""
 
 
-@lru_cache(maxsize=1)
-def is_installed() -> bool:
-    return find_spec("triton") is not None
+IS_INSTALLED = find_spec("triton") is not None
 
 
 @lru_cache(maxsize=1)
@@ -29,13 +27,14 @@ def is_interpreting() -> bool:
 
 
 def check_can_run(x: Tensor, what: str) -> None:
-    """RuntimeError, with what to do, where a Triton kernel cannot run on x."""
-    if not is_installed():
+    """RuntimeError, with what to do, where a Triton kernel cannot run on x. For the operators' bodies: torch.compile
+    cannot trace it."""
+    if not IS_INSTALLED:
         raise RuntimeError(
             f"{what}: the triton package is not installed; CUDA builds of torch bring it, elsewhere choose another "
             f"implementation"
         )
-    if x.device.type not in ("cuda", "meta") and not is_interpreting():
+    if x.device.type != "cuda" and not is_interpreting():
         raise RuntimeError(
             f"{what}: Triton kernels need CUDA tensors, these are on {x.device.type}; choose another implementation (or "
             f"set TRITON_INTERPRET=1 before triton is imported, to test)"

@@ -19,9 +19,9 @@ from torch import Tensor
 from fuxi_torchrec.ops.jagged import JaggedLayout
 from fuxi_torchrec.ops.time_maps import NUM_BUCKETS, TimeGaps
 from fuxi_torchrec.ops.triton_common import (
+    IS_INSTALLED,
     Tiles,
     check_can_run,
-    is_installed,
     is_interpreting,
     on_device_of,
     power_of_two,
@@ -39,7 +39,7 @@ shape alone, into how many partial sums a gradient is cut, so results are the sa
 def can_mix(values_THd: Tensor, channels: Sequence[Tuple[str, Sequence[Tensor]]]) -> bool:
     """Whether the kernels know these channels and this type, and can run on this device."""
     known = all(name in PARAMETERS or name in ("positional", "zero") for name, _ in channels)
-    return values_THd.is_cuda and known and values_THd.dtype in DTYPES and is_installed()
+    return values_THd.is_cuda and known and values_THd.dtype in DTYPES and IS_INSTALLED
 
 
 def triton_mix_tokens(
@@ -59,7 +59,6 @@ def triton_mix_tokens(
         RuntimeError: triton is missing, or the tensors are not on a GPU (and the interpreter is off).
         ValueError: a channel or type that the kernels do not know.
     """
-    check_can_run(values_THd, "token mixing by triton")
     if values_THd.dtype not in DTYPES:
         raise ValueError(f"token mixing by triton: {values_THd.dtype} is none of {DTYPES}; use another implementation")
     kinds = [name for name, _ in channels]
@@ -107,8 +106,8 @@ def tiles(kernel: str, half: bool, width: int, interpreting: bool) -> List[Tiles
     """Tile sizes that are tried for a kernel; none is wider than values of E = `width` need.
 
     Half precision runs on tensor cores and wants wide tiles, since a map's entries are made again for each tile of E;
-    float32 products are unrolled multiply-adds, kept short. Of the sizes that fit, these are compiled without spilled
-    registers or nearly so (sm80 and sm90, pow; see docs/triton.md); which is fastest, the first call finds out.
+    float32 products are unrolled multiply-adds, kept short. Of the sizes that fit, these are compiled with few registers
+    spilled or none (sm80 and sm90; docs/triton.md); which is fastest, the first call finds out.
     """
     if kernel == "mix_backward_maps":
         if interpreting:
@@ -122,7 +121,7 @@ def tiles(kernel: str, half: bool, width: int, interpreting: bool) -> List[Tiles
         elif half:
             sizes = [(64, 32, 64, 4, 3), (128, 32, 64, 8, 3), (64, 32, 128, 8, 3), (64, 64, 128, 8, 3)]
         else:
-            sizes = [(64, 16, 32, 4, 2), (64, 16, 64, 4, 2), (64, 32, 64, 8, 2), (64, 16, 128, 8, 2)]
+            sizes = [(64, 16, 32, 4, 2), (32, 16, 64, 4, 2), (64, 16, 64, 8, 2), (32, 16, 128, 8, 2)]
         # The tile that stays (rows of the output, or of v's gradient), the one that moves along, values.
         names = ("BLOCK_M", "BLOCK_N", "BLOCK_E") if kernel == "mix_forward" else ("BLOCK_N", "BLOCK_M", "BLOCK_E")
     *_, narrowest, _, _ = sizes[0]
@@ -160,6 +159,7 @@ def _mix(
     next_timestamps_T: Optional[Tensor], kinds: str, sizes: List[int], max_length: int, time_unit: float,
 ) -> Tensor:  # fmt: skip
     """[T, H, C, d]; kinds are the channels' names with commas between, sizes their parts of params_P."""
+    check_can_run(values_THd, "token mixing by triton")
     (T, H, d), names, users = values_THd.shape, kinds.split(","), offsets_B1.numel() - 1
     out_THCd = values_THd.new_empty(T, H, len(names), d)
     for c, name in enumerate(names):

@@ -11,7 +11,18 @@ form, "" for none). Tiles: M rows (outputs i), N columns (inputs j), E values. R
 import triton
 import triton.language as tl
 
+from fuxi_torchrec.ops.triton_common import is_interpreting
 from fuxi_torchrec.ops.triton_time_maps import add_time_gradients, load_parameters, time_map
+
+INTERPRETING = tl.constexpr(is_interpreting())
+
+
+@triton.jit
+def add_product(a, b, sum):
+    """sum + a @ b in float32; float32 factors are not rounded to TF32."""
+    if INTERPRETING:  # the interpreter's product takes the bits of a bfloat16 for an integer
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, sum, input_precision="ieee")
 
 
 @triton.jit
@@ -57,12 +68,12 @@ def mix_forward(
         valid = (j[None, :] <= i[:, None]) & (i < length)[:, None]
         if POSITIONAL:
             map_MN = lag_map(weight_ptr, i[:, None], j[None, :], valid)
-            positional_ME = tl.dot(map_MN.to(v_NE.dtype), v_NE, positional_ME, input_precision="ieee")
+            positional_ME = add_product(map_MN.to(v_NE.dtype), v_NE, positional_ME)
         if TIME != "":
             past_N = tl.load(past_ptr + start + j, mask=j < length, other=0)
             seconds = (next_M[:, None] - past_N[None, :]).to(tl.float32) * time_unit
             map_MN = tl.where(valid, time_map(seconds, parameters, TIME), 0.0)
-            temporal_ME = tl.dot(map_MN.to(v_NE.dtype), v_NE, temporal_ME, input_precision="ieee")
+            temporal_ME = add_product(map_MN.to(v_NE.dtype), v_NE, temporal_ME)
     out = out_ptr + (start + i)[:, None] * (E * C) + columns_of(e, d, C)[None, :]
     stored = (i < length)[:, None] & (e < E)[None, :]
     if POSITIONAL:
@@ -101,13 +112,13 @@ def mix_backward_values(
         if POSITIONAL:
             grad_ME = tl.load(grad + positional * d, mask=loaded, other=0.0)
             map_NM = lag_map(weight_ptr, i[None, :], j[:, None], valid)
-            grad_v_NE = tl.dot(map_NM.to(grad_ME.dtype), grad_ME, grad_v_NE, input_precision="ieee")
+            grad_v_NE = add_product(map_NM.to(grad_ME.dtype), grad_ME, grad_v_NE)
         if TIME != "":
             grad_ME = tl.load(grad + temporal * d, mask=loaded, other=0.0)
             next_M = tl.load(next_ptr + start + i, mask=i < length, other=0)
             seconds = (next_M[None, :] - past_N[:, None]).to(tl.float32) * time_unit
             map_NM = tl.where(valid, time_map(seconds, parameters, TIME), 0.0)
-            grad_v_NE = tl.dot(map_NM.to(grad_ME.dtype), grad_ME, grad_v_NE, input_precision="ieee")
+            grad_v_NE = add_product(map_NM.to(grad_ME.dtype), grad_ME, grad_v_NE)
     grad_v = grad_v_ptr + (start + j)[:, None] * E + e[None, :]
     tl.store(grad_v, grad_v_NE, mask=(j < length)[:, None] & (e < E)[None, :])
 
@@ -152,10 +163,10 @@ def mix_backward_maps(
             loaded = (i < length)[:, None] & (e < E)[None, :]
             if POSITIONAL:
                 grad_ME = tl.load(grad + positional * d, mask=loaded, other=0.0)
-                positional_MN = tl.dot(grad_ME, v_EN, positional_MN, input_precision="ieee")
+                positional_MN = add_product(grad_ME, v_EN, positional_MN)
             if TIME != "":
                 grad_ME = tl.load(grad + temporal * d, mask=loaded, other=0.0)
-                temporal_MN = tl.dot(grad_ME, v_EN, temporal_MN, input_precision="ieee")
+                temporal_MN = add_product(grad_ME, v_EN, temporal_MN)
         valid = (j[None, :] <= i[:, None]) & (i < length)[:, None]
         if POSITIONAL:
             by_lag = tl.gather(tl.where(valid, positional_MN, 0.0), turned, 1)

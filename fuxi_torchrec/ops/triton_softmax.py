@@ -18,9 +18,9 @@ from torch import Tensor
 
 from fuxi_torchrec.ops.sampled_softmax import SHARED_CHUNK_ELEMENTS, CandidateMask
 from fuxi_torchrec.ops.triton_common import (
+    IS_INSTALLED,
     Tiles,
     check_can_run,
-    is_installed,
     is_interpreting,
     on_device_of,
     power_of_two,
@@ -37,7 +37,7 @@ PIECE = 512
 
 def can_run(loss: str, outputs_TD: Tensor) -> bool:
     """Whether the kernels of a loss of WIDEST can run on this device and at this width."""
-    return outputs_TD.is_cuda and outputs_TD.shape[1] <= WIDEST[loss] and is_installed()
+    return outputs_TD.is_cuda and outputs_TD.shape[1] <= WIDEST[loss] and IS_INSTALLED
 
 
 def triton_shared_softmax(
@@ -58,7 +58,7 @@ def triton_shared_softmax(
         RuntimeError: triton is missing, or the tensors are not on a GPU (and the interpreter is off).
         ValueError: D is larger than the kernels hold.
     """
-    _check("shared", outputs_TD)
+    _check_width("shared", outputs_TD)
     inputs = [x.float() for x in (outputs_TD, positives_TD, pool_PD)]
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     if mask is None or not len(outputs_TD):
@@ -87,14 +87,13 @@ def triton_per_token_softmax(
         RuntimeError: triton is missing, or the tensors are not on a GPU (and the interpreter is off).
         ValueError: D is larger than the kernels hold.
     """
-    _check("per_token", outputs_TD)
+    _check_width("per_token", outputs_TD)
     inputs = [x.float() for x in (outputs_TD, positives_TD, candidates_UD)]
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     return _per_token(*inputs, negative_index_TK, positive_index_T, temperature, bias_U, needs_grad)[0]
 
 
-def _check(loss: str, outputs_TD: Tensor) -> None:
-    check_can_run(outputs_TD, "sampled softmax by triton")
+def _check_width(loss: str, outputs_TD: Tensor) -> None:
     D = outputs_TD.shape[1]
     if D > WIDEST[loss]:
         raise ValueError(
@@ -104,7 +103,7 @@ def _check(loss: str, outputs_TD: Tensor) -> None:
 
 
 def tiles(kernel: str, width: int, interpreting: bool) -> List[Tiles]:
-    """Tile sizes that are tried for a kernel at BLOCK_D = width; compiled without spilled registers (docs/triton.md)."""
+    """Tile sizes that are tried for a kernel at BLOCK_D = width; few registers or none are spilled (docs/triton.md)."""
     if kernel.startswith("shared"):
         if interpreting:
             return [({"BLOCK_T": 16, "BLOCK_P": 16}, 1, 1)]
@@ -113,7 +112,7 @@ def tiles(kernel: str, width: int, interpreting: bool) -> List[Tiles]:
         elif width <= 128:
             sizes = [(64, 32, 8, 2), (32, 32, 8, 2), (32, 64, 8, 2)]
         else:
-            sizes = [(32, 32, 8, 2), (16, 32, 4, 2)]
+            sizes = [(32, 16, 8, 2), (16, 32, 8, 2)]
         if kernel == "shared_backward_pool":  # there the pool's tile stays and the tokens' moves along
             return [({"BLOCK_P": s[0], "BLOCK_T": s[1]}, s[2], s[3]) for s in sizes]
         return [({"BLOCK_T": s[0], "BLOCK_P": s[1]}, s[2], s[3]) for s in sizes]
@@ -143,6 +142,7 @@ def _shared(
     temperature: float, bias_P: Optional[Tensor], mask_TP: Optional[Tensor], with_gradients: bool,
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss, gradients of outputs, positives and pool, or empty tensors)."""
+    check_can_run(outputs_TD, "sampled softmax by triton")
     outputs, positives, pool = (x.contiguous() for x in (outputs_TD, positives_TD, pool_PD))
     (T, D), P = outputs.shape, pool.shape[0]
     loss_T, lse_T = outputs.new_empty(T), outputs.new_empty(T)
@@ -175,6 +175,7 @@ def _per_token(
     temperature: float, bias_U: Optional[Tensor], with_gradients: bool,
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss, gradients of outputs, positives and candidates, or empty tensors)."""
+    check_can_run(outputs_TD, "sampled softmax by triton")
     outputs, positives, candidates = (x.contiguous() for x in (outputs_TD, positives_TD, candidates_UD))
     (T, D), K = outputs.shape, index_TK.shape[1]
     loss_T, lse_T = outputs.new_empty(T), outputs.new_empty(T)

@@ -1,0 +1,58 @@
+"""The stages of a training step: ranges in a profiler's trace, and rows of the benchmark's table. One place names them."""
+
+import time
+from collections import defaultdict
+from contextlib import contextmanager, nullcontext
+from typing import ContextManager, Dict, Iterator, Optional
+
+import torch
+
+STAGES = ("loader", "lookup and exchange", "encoder forward", "loss", "backward", "optimizer")
+"""In the order of a step. A stage may come in several pieces; none lies inside another."""
+
+
+class StageClock:
+    """Seconds of each stage, added up in `seconds`. On CUDA it waits for the device at either end of a stage, so that each
+    pays for its own kernels: for benchmarks, not for training."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.seconds = device, defaultdict(float)
+
+    @contextmanager
+    def timing(self, name: str) -> Iterator[None]:
+        self._wait()
+        start = time.perf_counter()
+        yield
+        self._wait()
+        self.seconds[name] += time.perf_counter() - start
+
+    def take(self) -> Dict[str, float]:
+        """The seconds since the last time, by stage."""
+        taken, self.seconds = {name: self.seconds[name] for name in STAGES}, defaultdict(float)
+        return taken
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+_clock: Optional[StageClock] = None
+
+
+def stage(name: str) -> ContextManager:
+    """Around the part of a step that bears this name; costs nothing where nobody measures."""
+    assert name in STAGES, name
+    if _clock is not None:
+        return _clock.timing(name)
+    return torch.profiler.record_function(name) if torch.autograd._profiler_enabled() else nullcontext()
+
+
+@contextmanager
+def clocked(clock: StageClock) -> Iterator[StageClock]:
+    """Within it, every stage of this process is timed by the clock."""
+    global _clock
+    before, _clock = _clock, clock
+    try:
+        yield clock
+    finally:
+        _clock = before

@@ -1,0 +1,158 @@
+"""What is looked at before a job is submitted, so that a mistake costs no node: everything here is a UserError or nothing.
+
+Inside an image nothing but the config can be looked at from here, and paths are the image's own.
+"""
+
+import os
+import tempfile
+import time
+from typing import TYPE_CHECKING, Any, List, Optional
+
+from torchx.specs import parse_mounts
+
+from fuxi_torchrec.config import Config
+from fuxi_torchrec.config_check import check_table
+from fuxi_torchrec.config_io import OneLineParser, load_config
+from fuxi_torchrec.errors import UserError
+
+if TYPE_CHECKING:
+    from launch.jobs import Place
+
+SHARED_MEMORY = "/dev/shm"  # TorchX mounts it into every pod
+# Keys and options that hold paths: relative ones mean the folder that the job is submitted from, wherever it runs.
+CONFIG_PATHS = ("data.path", "trainer.checkpoint_folder")
+PREPARE_PATHS = ("--source", "--output", "--item-titles", "--item_titles")
+
+
+def config(path: str, overrides: List[str], place: "Place") -> Config:
+    """The run's config, checked as on its node, with its data set where that can be seen from here."""
+    loaded = load_config(path, overrides)
+    device, gpus = loaded.trainer.device, place.resource.gpu
+    if device == "cuda" and gpus == 0 and (place.h or place.image):
+        raise UserError("trainer.device: cuda, but no GPU is asked for; give -h h100x8 or --gpu, or take auto or cpu")
+    if device != "auto" or gpus > 0:
+        check_table(loaded, "cpu" if device == "cpu" else "cuda")
+    if not loaded.data.path:
+        raise UserError("data.path: no data set named; add -- --data.path DIR (made by 'fuxi-torchrec prepare')")
+    if place.image is None:
+        from fuxi_torchrec.dataset import SequenceDataset, check_enough_data, check_splits
+
+        dataset = SequenceDataset(loaded.data.path)
+        check_splits(dataset, loaded.data)
+        check_enough_data(dataset, place.size)
+    return loaded
+
+
+def with_absolute_paths(overrides: List[str], loaded: Config, place: "Place") -> List[str]:
+    """The overrides with the config's relative paths made absolute: a job may run in a copy of this folder."""
+    if place.image is not None:
+        return overrides
+    for key in CONFIG_PATHS:
+        section, name = key.split(".")
+        value = getattr(getattr(loaded, section), name)
+        if value and absolute(value) != value:
+            overrides = [*_without(overrides, f"--{key}"), f"--{key}", absolute(value)]
+    return overrides
+
+
+def run_folder(config_path: str, output: Optional[str], resume: bool, place: "Place") -> str:
+    """The run folder's full path. By default runs/CONFIG-DATE-TIME, so that two submissions never meet."""
+    if output is not None and "://" in output:
+        raise UserError(f"--output: {output}: a run folder is no bucket; checkpoints can be: -- --trainer.checkpoint_folder")
+    name = os.path.splitext(os.path.basename(config_path))[0]
+    if place.image is not None:
+        return _inside_image(output, name, place)
+    output = absolute(output or os.path.join("runs", f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"))
+    _check_writable(output)
+    if os.path.exists(os.path.join(output, "config.yaml")) and not resume:
+        raise UserError(f"--output: {output}: a run is already here; go on with it by --resume True, or name another")
+    return output
+
+
+def evaluation(run: str, options: List[str], place: "Place") -> str:
+    if place.image is not None:
+        return run
+    from fuxi_torchrec.run_folder import RunFolder
+
+    run = absolute(run)
+    RunFolder.open(run).config()
+    return run
+
+
+def preparation(arguments: List[str], place: "Place") -> List[str]:
+    """The arguments of 'fuxi-torchrec prepare', parsed as there, with absolute paths."""
+    from data_pipelines.cli import COMMANDS, add_subcommands
+
+    if not arguments or arguments[0] not in COMMANDS:
+        raise UserError(f"prepare: name a pipeline first: {', '.join(COMMANDS)}")
+    parser = OneLineParser(prog="fuxi-torchrec prepare")
+    add_subcommands(parser)
+    options: Any = parser.parse_args(arguments)
+    if place.image is not None:
+        return arguments
+    _check_writable(absolute(options[options.kind].output))
+    return _absolute_values(arguments, PREPARE_PATHS)
+
+
+def mounted_folders(mounts: Optional[List[str]]) -> List[str]:
+    """The folders of an image that mounts lie on, each once."""
+    try:
+        folders = [mount.dst_path for mount in parse_mounts(mounts or [])]
+    except (KeyError, ValueError) as error:
+        text = str(error.args[0] if error.args else error)
+        raise UserError(f"--mounts: {text}; write type=volume,src=CLAIM,dst=/data or type=bind,src=/host,dst=/data") from None
+    for folder in folders:
+        if folders.count(folder) > 1 or folder.rstrip("/") == SHARED_MEMORY:
+            why = "TorchX mounts it by itself" if folder.rstrip("/") == SHARED_MEMORY else "it is mounted twice"
+            raise UserError(f"--mounts: {folder}: {why}; leave this mount out")
+    return folders
+
+
+def absolute(path: str) -> str:
+    """Addresses of buckets stay as they are."""
+    return path if "://" in path else os.path.abspath(path)
+
+
+def _inside_image(output: Optional[str], name: str, place: "Place") -> str:
+    if output is None or not output.startswith("/"):
+        example = f"{(place.mounted or ['/data'])[0]}/runs/{name}"
+        raise UserError(f"--output: name the run folder inside the image, on something mounted there, as in {example}")
+    if not any(f"{output}/".startswith(f"{folder.rstrip('/')}/") for folder in place.mounted):
+        lies = ", ".join(place.mounted) or "nothing"
+        raise UserError(f"--output: {output} would be lost with the container: mounted into it is {lies}; see --mounts")
+    return output
+
+
+def _check_writable(folder: str) -> None:
+    """Nothing is made here: a dry run leaves no trace."""
+    there = folder
+    while not os.path.lexists(there):
+        there = os.path.dirname(there)
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise UserError(f"--output: {folder}: cannot be written, {there}: {error.strerror}; name another folder") from None
+
+
+def _without(arguments: List[str], option: str) -> List[str]:
+    """The arguments less `option VALUE` and `option=VALUE`."""
+    kept, skip = [], False
+    for word in arguments:
+        if not skip and word != option and not word.startswith(f"{option}="):
+            kept.append(word)
+        skip = word == option
+    return kept
+
+
+def _absolute_values(arguments: List[str], options: Any) -> List[str]:
+    """The arguments with the values of `options` absolute; an option may have several."""
+    made, of_path = [], False
+    for word in arguments:
+        if word.startswith("--"):
+            option, equals, value = word.partition("=")
+            of_path = option in options and not equals
+            made.append(f"{option}={absolute(value)}" if option in options and equals else word)
+        else:
+            made.append(absolute(word) if of_path else word)
+    return made

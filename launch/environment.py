@@ -1,0 +1,72 @@
+"""How processes find each other, wait for each other and are started again: everything that is set for them, and why.
+
+docs/launch.md tells the same to users, with what is left to them (network interfaces).
+"""
+
+import shlex
+import sys
+from typing import Dict, List, Optional
+
+from torchx.specs import macros
+
+# How long the nodes of a job wait for each other, at first and after a restart (a node may still be pulling its image).
+JOIN_SECONDS = 900
+# How long an agent waits for the store on the first node to answer.
+STORE_SECONDS = 600
+# From SIGTERM until torchrun kills its workers, who finish their step and save meanwhile. A scheduler's own patience has
+# to be longer: Kubernetes is told (GRACE_SECONDS), Slurm's KillWait is the administrator's and 30 s unless changed.
+SAVE_SECONDS = 100
+GRACE_SECONDS = SAVE_SECONDS + 20
+
+
+def environment(cores: Optional[int], processes: int, given: Optional[Dict[str, str]]) -> Dict[str, str]:
+    """The environment of a node's processes; what the user gives comes last.
+
+    Args:
+        cores: of a node, where they are known.
+        processes: of a node.
+    """
+    values = {
+        # Without it torchrun's restarts are unreliable: the workers' store is then the agents' own, and keys of the last
+        # round confuse the next (torch 2.13: killing rank 0 hung the job).
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        # What a process prints is there when it is killed.
+        "PYTHONUNBUFFERED": "1",
+        # NCCL's warnings name the interface or the peer that failed; it is silent otherwise.
+        "NCCL_DEBUG": "WARN",
+    }
+    if cores is not None or processes > 1:  # one process alone takes all cores there are
+        values["OMP_NUM_THREADS"] = str(max(1, (cores or 1) // processes))
+    return {**values, **(given or {})}
+
+
+def torchrun(nodes: int, processes: int, restarts: int, port: int, python: str, module: List[str]) -> str:
+    """The bash command that runs a Python module on every process of a node.
+
+    The agents meet at the first node (c10d); a single node chooses a free port itself. Which node holds the store is said
+    outright: comparing host names fails where they resolve to something else, as in pods. The workers' own port
+    (MASTER_PORT) is a free one that the agents choose anew at every restart.
+    """
+    words = [python, "-m", "torch.distributed.run", "--nnodes", str(nodes), "--nproc-per-node", str(processes)]
+    words += ["--max-restarts", str(restarts), "--shutdown-timeout", str(SAVE_SECONDS), "--monitor-interval", "1"]
+    # Every process's output, marked with its rank, goes to the job's own.
+    words += ["--tee", "3", "--role", "", "--rdzv-backend", "c10d"]
+    timeouts = f"join_timeout={JOIN_SECONDS},read_timeout={STORE_SECONDS}"
+    if nodes == 1:
+        meeting = f"--rdzv-endpoint localhost:0 --rdzv-id {macros.app_id} --rdzv-conf {timeouts}"
+    else:
+        first = f"$$(({macros.replica_id} == 0))"
+        endpoint = f'"$${{{macros.rank0_env}:=localhost}}:{port}"'
+        meeting = f"--rdzv-endpoint {endpoint} --rdzv-id {macros.app_id} --rdzv-conf {timeouts},is_host={first}"
+    # exec: torchrun itself is what the scheduler signals, and a pod's first process.
+    return f"exec {quoted(words)} {meeting} {quoted(['-m', *module])}"
+
+
+def quoted(words: List[str]) -> str:
+    """Words for bash, none of them taken for one of TorchX's macros."""
+    return shlex.join(words).replace("$", "$$")
+
+
+def interpreter(image: Optional[str]) -> str:
+    """An image has its own Python; elsewhere it is the one that submits, on a file system that all nodes see."""
+    return "python" if image else sys.executable

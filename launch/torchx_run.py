@@ -1,0 +1,86 @@
+"""`torchx run` with mistakes in the scheduler's options told in one line, before anything is submitted.
+
+TorchX finds it as an entry point (torchx.cli.cmds) of the installed package; without it the same command works, and such a
+mistake ends in TorchX's traceback or sbatch's message.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+from typing import Any, Dict, Optional
+
+from torchx.cli.cmd_run import CmdRun
+from torchx.runner import config, get_runner
+from torchx.specs import InvalidRunConfigException
+
+from fuxi_torchrec.errors import UserError
+
+
+class Run(CmdRun):
+    """TorchX's own command, with checks before it and its expected errors in one line."""
+
+    def run(self, args: argparse.Namespace) -> None:
+        try:
+            if not args.stdin:
+                check(args)
+            super().run(args)
+        except Exception as error:
+            told = _told(error, args.scheduler)
+            if told is None:
+                raise
+            print(f"error: {told}", file=sys.stderr)
+            raise SystemExit(2) from None
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises UserError for scheduler options that TorchX does not know or misses, and for what is not there."""
+    with get_runner() as runner:
+        options = runner.scheduler_run_opts(args.scheduler)
+    try:
+        chosen: Dict[str, Any] = options.cfg_from_str(args.scheduler_args or "")
+        config.apply(scheduler=args.scheduler, cfg=chosen)
+        chosen = options.resolve(chosen)
+    except (InvalidRunConfigException, ValueError) as error:
+        text = str(error).split(" Given: ")[0].splitlines()[0].rstrip(".")
+        raise UserError(f"-cfg, scheduler {args.scheduler}: {text}; see torchx runopts {args.scheduler}") from None
+    if args.scheduler == "slurm":
+        check_slurm(chosen.get("partition"), args.dryrun)
+
+
+def check_slurm(partition: Optional[str], dryrun: bool) -> None:
+    """Raises UserError for a partition that this Slurm does not have, or where one has to be named."""
+    if shutil.which("sinfo") is None or shutil.which("sbatch") is None:
+        if dryrun:
+            return
+        raise UserError("no Slurm here (sbatch is not on the PATH); submit from a login node, or look with --dryrun")
+    said = subprocess.run(["sinfo", "--noheader", "--format", "%P"], capture_output=True, text=True, timeout=60, check=False)
+    if said.returncode != 0:
+        if dryrun:
+            return
+        reason = (said.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise UserError(f"Slurm does not answer ({reason}); nothing was submitted")
+    names = said.stdout.split()
+    there = ", ".join(name.rstrip("*") for name in names)
+    if partition is None and not any(name.endswith("*") for name in names):
+        raise UserError(f"-cfg partition: this Slurm has no default partition; name one of {there}")
+    for name in (partition or "").split(","):
+        if name and name not in [known.rstrip("*") for known in names]:
+            raise UserError(f"-cfg partition={partition}: no such partition; there are {there}")
+
+
+def _told(error: Exception, scheduler: str) -> Optional[str]:
+    """The one line for a mistake, or for a scheduler that refuses or does not answer; None for a defect."""
+    module, text = type(error).__module__, " ".join(str(error).split())[:160]
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, subprocess.CalledProcessError) and error.cmd[0] == "sbatch":
+        return "sbatch refused the job, for the reason above; nothing was submitted"
+    if module.startswith("docker."):
+        why = "which TorchX needs to build this folder into the image"
+        return f"no Docker here, {why} ({text}); --workspace '' takes the image as it is"
+    if module.startswith(("urllib3.", "kubernetes.")):
+        return f"Kubernetes does not answer ({text}); look at kubectl config, or use --dryrun -cfg validate_spec=False,…"
+    if scheduler == "kubernetes" and isinstance(error, ValueError):  # what the API server refused
+        return f"{text}; nothing was submitted"
+    return None

@@ -1,0 +1,46 @@
+"""`torchx run --dryrun` of a command line, in this process."""
+
+import json
+import re
+import shlex
+import warnings
+from pathlib import Path
+
+import pytest
+from torchx.cli.main import main
+
+ROOT = Path(__file__).parents[2]
+DOCS = (ROOT / "docs" / "launch.md").read_text()
+
+
+def documented(scheduler):
+    """The commands of docs/launch.md that submit to a scheduler."""
+    lines = [line.strip() for line in DOCS.splitlines() if line.startswith("torchx run ") and "[" not in line]
+    return [line for line in lines if (f"-s {scheduler}" in line if scheduler else " -s " not in line)]
+
+
+def dryrun(command, capsys, *options):
+    """What `command` would submit: TorchX's JSON object with app and request, and the request as it is printed."""
+    words = shlex.split(command)[2:]
+    if "-s" not in words:
+        words = ["-s", "local_cwd", *words]
+    if "kubernetes" in words:
+        place = words.index("-cfg") + 1
+        words[place] += ",validate_spec=False"  # no cluster here
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that Slurm is not on the PATH, and Volcano's retries of 2020
+        capsys.readouterr()
+        main(["run", "--dryrun", "--json", *options, *words])
+        answer = json.loads(capsys.readouterr().out)
+        main(["run", "--dryrun", *options, *words])
+        return answer, capsys.readouterr().out.partition("=== SCHEDULER REQUEST ===\n")[2]
+
+
+def refused(words, capsys):
+    """The one line by which `torchx run` ends, before anything is submitted."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main(["run", *map(str, words)])
+    said = [line for line in capsys.readouterr().err.splitlines() if not re.match(r".*torchx.* INFO ", line)]
+    assert ended.value.code == 2 and len(said) == 1 and said[0].startswith("error: "), said
+    return said[0]

@@ -1,0 +1,94 @@
+"""Jobs on a real Slurm of two nodes: trained alike, healed, cancelled, resumed. `make test PYTEST_ARGS="-m slurm"`."""
+
+import json
+
+import pytest
+
+from tests.launch.slurm import ROOT, Slurm, until
+
+pytestmark = pytest.mark.slurm
+TRAIN = f"{ROOT}/launch/components.py:train"
+CONFIG = f"{ROOT}/configs/smoke/fuxi-beta.yaml"
+# A table cut over four processes; 150 users make 10 steps an epoch, so that a kill meets the middle of something.
+SMALL = (
+    *("--data.max_sequence_length", "20", "--data.batch_size", "4", "--data.shuffle_buffer", "20"),
+    *("--model.embedding_dim", "8", "--model.value_dim", "8", "--loss.num_negatives", "10"),
+    *("--table.sharding", "row_wise", "--trainer.device", "cpu", "--trainer.log_every_steps", "1"),
+    *("--evaluation.every_epochs", "4", "--trainer.max_epochs", "12", "--trainer.checkpoint_every_steps", "4"),
+)
+NODES = ("--nnodes", "2", "--nproc_per_node", "2", "--cpu", "2")
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    cluster = Slurm(tmp_path_factory.mktemp("cluster"))
+    yield cluster
+    cluster.down()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(slurm, small_dataset):
+    """The run of the same config on four processes of this machine."""
+    run = slurm.folder / "local"
+    words = ("--config", CONFIG, "--nproc_per_node", "4", "--output", run, "--", "--data.path", small_dataset, *SMALL)
+    slurm.torchx("run", "-s", "local_cwd", TRAIN, *words, timeout=120)
+    return run
+
+
+def submit(slurm, data, run, *options, schedule=()):
+    """A training job's handle."""
+    words = ("--config", CONFIG, *NODES, "--output", run, *options, "--", "--data.path", data, *SMALL)
+    return slurm.torchx("run", "-s", "slurm", *schedule, TRAIN, *words).split()[-1]
+
+
+def lines(run):
+    """(step, loss) of every training line, and the final metrics."""
+    file = run / "metrics.jsonl"
+    found = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    losses = {line["step"]: line["loss"] for line in found if "loss" in line}
+    final = [{**line, "seconds": 0} for line in found if line.get("checkpoint") == "best"]
+    return losses, final
+
+
+def step_of(run):
+    return max(lines(run)[0], default=0)
+
+
+def test_two_nodes_train_as_four_processes_of_one_machine_do(slurm, small_dataset, undisturbed):
+    run = slurm.folder / "two-nodes"
+    handle = submit(slurm, small_dataset, run)
+    assert slurm.wait(handle) == "SUCCEEDED", slurm.said()
+    assert lines(run) == lines(undisturbed)
+    assert len(lines(run)[0]) > 50 and len(lines(run)[1]) == 1
+    assert "step 1 " in slurm.torchx("log", f"{handle}/train")  # of all nodes: which of them has rank 0 is torchrun's choice
+
+
+def test_a_job_outlives_its_workers_its_node_and_its_cancellation(slurm, small_dataset, undisturbed):
+    run = slurm.folder / "disturbed"
+    handle = submit(slurm, small_dataset, run)
+    # kill -9 of a worker: torchrun starts all of them again, in the same job.
+    assert until(lambda: step_of(run) >= 6), slurm.said()
+    assert slurm.status(handle) == "RUNNING"
+    workers = slurm.workers(handle)
+    assert sorted(values["RANK"] for values in workers.values()) == ["0", "1", "2", "3"]
+    assert {values["SLURMD_NODENAME"] for values in workers.values()} == {"n1", "n2"}
+    slurm.kill([next(pid for pid, values in workers.items() if values["RANK"] == "3")])
+    assert until(lambda: not set(workers) & set(slurm.workers(handle))), slurm.said()
+    restarted = step_of(run)
+    assert until(lambda: step_of(run) >= restarted + 10), slurm.said()
+    assert slurm.run("squeue", "--noheader", "--format", "%r", "--jobs", handle.rpartition("/")[2]).split() == ["None"] * 2
+    # kill -9 of all that a node runs: the step fails, and the job is queued again.
+    slurm.kill(slurm.processes(handle, "n2"))
+    requeued = step_of(run)
+    counts = lambda: {values.get("SLURM_RESTART_COUNT") for values in slurm.workers(handle).values()}  # noqa: E731
+    assert until(lambda: counts() == {"1"}), slurm.said()
+    assert until(lambda: step_of(run) >= requeued + 10), slurm.said()
+    # torchx cancel: Slurm sends SIGTERM, and every process saves.
+    slurm.torchx("cancel", handle)
+    assert slurm.wait(handle) == "CANCELLED", slurm.said()
+    saved = json.loads((run / "checkpoints" / "index.json").read_text())
+    assert step_of(run) < 120
+    # Submitted again it goes on, and ends where the undisturbed run did.
+    again = submit(slurm, small_dataset, run, "--resume", "True")
+    assert slurm.wait(again) == "SUCCEEDED", slurm.said()
+    assert lines(run) == lines(undisturbed), saved
