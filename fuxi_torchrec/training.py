@@ -16,6 +16,7 @@ from fuxi_torchrec.batch import SequenceBatch
 from fuxi_torchrec.checkpoint import Checkpoints
 from fuxi_torchrec.config import Config, evaluation_splits
 from fuxi_torchrec.dataset import SequenceDataset
+from fuxi_torchrec.encoders.mixing import MixingEncoder
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.evaluation import Stopped, evaluate, popularity
 from fuxi_torchrec.faults import Interrupted, signals
@@ -229,6 +230,9 @@ class Trainer:
     def _log(self) -> None:
         line = {"step": self.position.step, "epoch": self.position.epoch + 1}
         self.progression.training({**line, **self.record.take(self.position.step), "learning_rate": self.learning_rate})
+        for module in self.model.modules():
+            if isinstance(module, MixingEncoder):
+                module.check_mixing()
 
     def _evaluate_and_save(self, must_save: bool) -> None:
         self._settle()
