@@ -51,6 +51,16 @@ def start(path, output, *options):
     return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
+def end_of(process, timeout=180):
+    """Its standard error; a sweep that hangs is ended, and its runs with it."""
+    try:
+        return process.communicate(timeout=timeout)[1]
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.communicate()
+
+
 def table(output):
     return {row["run"]: row for row in pq.read_table(output / "results.parquet").to_pylist()}
 
@@ -131,19 +141,19 @@ def test_a_killed_sweep_goes_on_and_repeats_nothing(small_dataset, tmp_path):
     later, output = tmp_path / "later", tmp_path / "out"
     grid = [
         {"data.path": small_dataset},
-        {"data.path": small_dataset, "trainer.max_epochs": 120, "trainer.checkpoint_every_epochs": 5},
+        {"data.path": small_dataset, "trainer.max_epochs": 60, "trainer.checkpoint_every_epochs": 5},
         {"data.path": str(later)},
     ]
     path = write_sweep(tmp_path, grid=grid)
     short, long, missing = (str(output / "runs" / run.name) for run in read_plan(path).runs)
-    process = start(path, output, "--concurrency", "2")
+    process = start(path, output, "--concurrency", "2", "--cpu", "1")
     until(lambda: read_outcome(short) and os.path.exists(os.path.join(long, "checkpoints", "index.json")))
     process.send_signal(signal.SIGKILL)
     process.communicate()
     before = os.stat(os.path.join(short, "outcome.json")).st_mtime_ns
 
-    process = start(path, output)
-    _, said = process.communicate(timeout=120)
+    process = start(path, output, "--cpu", "1")
+    said = end_of(process)
     assert process.returncode == 1 and not orphans([short, long])
     rows = table(output)
     assert [rows[os.path.basename(run)]["status"] for run in (short, long, missing)] == ["finished", "finished", "failed"]
@@ -154,8 +164,8 @@ def test_a_killed_sweep_goes_on_and_repeats_nothing(small_dataset, tmp_path):
     assert done == list(range(1, len(done) + 1)) and done[-1] == read_outcome(long)["step"]
 
     shutil.copytree(small_dataset, later)
-    process = start(path, output, "--retry-failed")
-    process.communicate(timeout=120)
+    process = start(path, output, "--cpu", "1", "--retry-failed")
+    end_of(process)
     assert process.returncode == 0
     after = table(output)
     assert after[os.path.basename(missing)]["status"] == "finished"
