@@ -172,8 +172,11 @@ def distribute(model: SequenceRecommender, world: World, plan: ShardingPlan) -> 
             sharders=[planning.sharder(world.device.type)] if plan.plan else [],
             # Otherwise DDP orders its buckets anew after a process's first step, by the order in which gradients came. Where
             # a gradient lies in a bucket decides in what order gloo's ranks add it up: a resumed run, whose first step is
-            # another one, would differ from the uninterrupted run in the last bit (of three ranks or more).
-            data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False, find_unused_parameters=True),
+            # another one, would differ from the uninterrupted run in the last bit (of three ranks or more). On CUDA nothing
+            # promises the last bit, and the search for unused parameters would cost time.
+            data_parallel_wrapper=DefaultDataParallelWrapper(
+                static_graph=False, find_unused_parameters=world.device.type == "cpu"
+            ),
             # DDP copies every gradient into its buckets, also where there is nobody to average with.
             init_data_parallel=world.size > 1,
         )
