@@ -134,9 +134,10 @@ class Reader(FileSystemReader):
             begin, end = info.offset, info.offset + info.length
             large = self._large(stream, request, planner) if info.length >= LARGE else None
             if large is not None:
-                wanted.append(large)
-                # What tells where the values are must be right as well.
-                around += [(begin, large.begin), (large.end, end)]
+                own_rows, first_value, last_value = large
+                wanted.append(own_rows)
+                # What tells where the values are must be right as well; other ranks' rows are theirs to check.
+                around += [(begin, first_value), (last_value, end)]
                 continue
             if begin not in whole:
                 whole[begin] = _Memory(bytearray(info.length))
@@ -148,8 +149,8 @@ class Reader(FileSystemReader):
             _unpack(request, memory, planner)
 
     def _large(self, stream: Any, request: ReadItem, planner: LoadPlanner) -> Any:
-        """Where the bytes of a large tensor's rows are in the file and where they go; None for what isn't a tensor of
-        rows laid end to end."""
+        """(where the bytes of a large tensor's wanted rows are in the file and where they go, where all of its values begin
+        and end); None for what isn't a tensor of rows laid end to end."""
         if request.type == LoadItemType.BYTE_IO:
             return None
         info = self.storage_data[request.storage_index]
@@ -158,15 +159,16 @@ class Reader(FileSystemReader):
         if stored.dim() == 0 or not stored.is_contiguous():
             return None
         row = _bytes((1, *stored.shape[1:]), stored.dtype)
-        start = info.offset + stored.untyped_storage()._checkpoint_offset
-        start += stored.storage_offset() * stored.itemsize + request.storage_offsets[0] * row
+        first_value = info.offset + stored.untyped_storage()._checkpoint_offset
+        last_value = first_value + stored.untyped_storage().nbytes()
+        start = first_value + stored.storage_offset() * stored.itemsize + request.storage_offsets[0] * row
         target = planner.resolve_tensor(request).detach()
         is_same = target.is_cpu and target.is_contiguous() and target.dtype == stored.dtype
         if is_same and tuple(request.lengths[1:]) == tuple(stored.shape[1:]):
             sink: Any = _Memory(_view(target))
         else:
             sink = _Rows(stored.shape, stored.dtype, request, target)
-        return _Wanted(start, start + request.lengths[0] * row, sink)
+        return _Wanted(start, start + request.lengths[0] * row, sink), first_value, last_value
 
     def _read(self, stream: Any, name: str, wanted: List[_Wanted], around: List[Tuple[int, int]]) -> None:
         """Fills the sinks of `wanted` (sorted, not overlapping), and checks every block that these or `around` touch."""

@@ -165,7 +165,7 @@ SWITCHES = [
 def test_a_table_loads_to_the_bit_however_it_was_and_is_cut(
     run, small_dataset, tmp_path, before, old, after, new, with_optimizer
 ):
-    items, width = 3001, 8
+    items, width = 30_001, 8
     run(checkpoint_jobs.save, before, tiny(small_dataset, old), items, str(tmp_path))
     results = run(checkpoint_jobs.load, after, tiny(small_dataset, new), items, str(tmp_path), with_optimizer)
     table = torch.full((items, width), -1.0)
