@@ -8,7 +8,6 @@ from unittest import mock
 
 import torch
 
-from fuxi_torchrec import checkpoint_reader
 from fuxi_torchrec.checkpoint import Checkpoints, create_optimizer_state
 from fuxi_torchrec.dataset import SequenceDataset
 from fuxi_torchrec.sharding import build_distributed, build_optimizer, local_parts
