@@ -30,7 +30,8 @@ Checkpoints._read = compared
 
 def kill_one(launch, moment, chance):
     """kill -9 of a worker, once `moment` has come. Returns the file of metrics then."""
-    assert launch.until(lambda: moment() and len(launch.workers()) == 2), launch.errors.read_text()
+    came = launch.until(lambda: moment() and len(launch.workers()) == 2)
+    assert came, f"{launch.errors.read_text()}\ntorchrun's exit code: {launch.process.poll()}"
     os.kill(chance.choice(launch.workers()), signal.SIGKILL)
     return inode(launch.output)
 
