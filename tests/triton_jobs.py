@@ -124,7 +124,7 @@ def shared(tokens, pool, width, hooked, chunk_elements=2000):
     """(loss and gradients, their reference in float64); with `hooked` a bias and a mask, used in chunks."""
     from fuxi_torchrec.ops import triton_softmax
 
-    triton_softmax.SHARED_CHUNK_ELEMENTS = chunk_elements
+    triton_softmax.CHUNK_LOGITS = chunk_elements
     inputs = _unit_rows(tokens, width, 0), _unit_rows(tokens, width, 1), _unit_rows(pool, width, 2)
     generator = torch.Generator().manual_seed(3)
     pool_ids = torch.randint(0, 2**40, (pool,), generator=generator)

@@ -60,7 +60,7 @@ def mix_tokens(
         return triton_mixing.triton_mix_tokens(values_THd, layout, channels, gaps)
     if chosen == "native":
         return mixing_native.mix_native(values_THd, layout, channels, gaps)
-    froms = [_linear_from(name, gaps, implementation) for name, _ in channels]
+    froms = [_linear_from(name, layout, gaps, implementation) for name, _ in channels]
     if len(set(froms)) == 1:
         return _mix(values_THd, layout, channels, gaps, froms[0])
     order, parts = [], []
@@ -92,8 +92,10 @@ def _kernels(
     return "torch"
 
 
-def _linear_from(name: str, gaps: Optional[TimeGaps], implementation: Implementation) -> Optional[int]:
-    if implementation in ("blocked", "exact") or name not in LINEAR_FORMS:
+def _linear_from(
+    name: str, layout: JaggedLayout, gaps: Optional[TimeGaps], implementation: Implementation
+) -> Optional[int]:
+    if implementation in ("blocked", "exact") or name not in LINEAR_FORMS or layout.max_length <= LINEAR_FROM:
         return None
     # A scan over chunks takes time to run forwards.
     return LINEAR_FROM if name in ("positional", "zero") or gaps.are_sorted else None
@@ -124,7 +126,7 @@ def prepare(
     for name, params in channels:
         if name in ("positional", "zero"):
             continue
-        linear_from, dtype = _linear_from(name, gaps, implementation), params[0].dtype
+        linear_from, dtype = _linear_from(name, layout, gaps, implementation), params[0].dtype
         key = (name, linear_from, dtype)
         if key not in gaps.features:
             gaps.features[key] = make_features(name, dtype, gaps.times, layout.slots, linear_from, CACHED_ENTRIES)

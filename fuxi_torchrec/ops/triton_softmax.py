@@ -16,7 +16,7 @@ from typing import List, Optional, Tuple
 import torch
 from torch import Tensor
 
-from fuxi_torchrec.ops.sampled_softmax import SHARED_CHUNK_ELEMENTS, CandidateMask
+from fuxi_torchrec.ops.sampled_softmax import CHUNK_LOGITS, CandidateMask
 from fuxi_torchrec.ops.triton_common import (
     IS_INSTALLED,
     Tiles,
@@ -63,7 +63,7 @@ def triton_shared_softmax(
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     if mask is None or not len(outputs_TD):
         return _shared(*inputs, pool_ids_P, positive_ids_T, temperature, bias_P, None, needs_grad)[0]
-    chunk = max(1, SHARED_CHUNK_ELEMENTS // max(pool_PD.shape[0], 1))
+    chunk = max(1, CHUNK_LOGITS // max(pool_PD.shape[0], 1))
     losses = []
     for start in range(0, outputs_TD.shape[0], chunk):
         rows = slice(start, start + chunk)
