@@ -60,12 +60,7 @@ def usable(*tensors: Tensor) -> bool:
 
 def takes(*tensors: Tensor) -> bool:
     """Whether the kernels exist here and are for such tensors: float32 on a CPU."""
-    return all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors) and _exist()
-
-
-@torch.compiler.assume_constant_result
-def _exist() -> bool:
-    return library() is not None
+    return all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors) and library() is not None
 
 
 def call(name: str, *arguments) -> None:
