@@ -108,7 +108,8 @@ def test_operators_go_through_export_and_compile(interpreter):
     expected = ["triton_mixing", "triton_per_token_softmax", "triton_shared_softmax"]
     assert operators == [f"fuxi_torchrec.{name}.default" for name in expected]
     assert losses[0].isfinite() and torch.equal(losses[0], losses[1]) and torch.equal(losses[0], losses[2])
-    assert len(eager) == 4 and all(torch.equal(a, b) for a, b in zip(eager, compiled))
+    # What is compiled normalises by plain formulas, whose last bits differ from the CPU kernels'.
+    assert len(eager) == 4 and all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(eager, compiled))
 
 
 # Every variant of a kernel in one type for one architecture; "pow" and the losses for all.

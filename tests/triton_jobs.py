@@ -264,7 +264,7 @@ def compiled(what, dtype, capability, every_tile=False, heads=4, d=16):
         rows = [torch.randn(n, D, requires_grad=True) for n in (130, 130, 70)]
         for hook in (None, lambda part: torch.zeros(130, 70, dtype=torch.bool)[part]):
             bias = None if hook is None else torch.zeros(70)
-            shared_sampled_softmax(*rows, t[:70], t, TAU, bias, hook, "triton")
+            shared_sampled_softmax(*rows, t[:70], t, TAU, bias, hook, implementation="triton")
     elif what == "per_token":
         rows = [torch.randn(n, D, requires_grad=True) for n in (130, 130, 70)]
         index = torch.zeros(130, 5, dtype=torch.int32)
