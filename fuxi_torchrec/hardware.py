@@ -21,8 +21,9 @@ PEAK_TFLOPS: Dict[str, Tuple[float, Optional[float]]] = {
     "T4": (8.1, None),
 }
 """Words of a GPU's name -> (float32 without tensor cores, dense bfloat16 on tensor cores), TFLOP/s, None where it has none.
-Source: NVIDIA's data sheets of these products; where a sheet counts 2:4 sparsity, half of its number. Longer names first:
-the first one whose words all stand in the device's name counts. float32 products run without TF32 here, PyTorch's default.
+As NVIDIA's data sheets are remembered, and not all looked up again (2:4 sparsity not counted): where the number matters, set
+trainer.peak_tflops. Longer names first: the first one whose words all stand in the device's name counts. float32 products
+run without TF32 here, PyTorch's default.
 """
 
 
