@@ -10,8 +10,10 @@ import torch
 from test_token_mixing import JAGGED, LENGTHS, assert_close, output_and_gradients
 
 from fuxi_torchrec.ops import fused, native
+from fuxi_torchrec.ops.jagged import JaggedLayout
 from fuxi_torchrec.ops.sampled_softmax import l2_normalize, per_token_sampled_softmax
 from fuxi_torchrec.ops.time_maps import TIME_MAPS
+from fuxi_torchrec.ops.token_mixing import mix_tokens
 
 needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C compiler here")
 
@@ -156,6 +158,19 @@ def test_forms_that_no_kernel_knows_are_mixed_all_the_same():
         actual = output_and_gradients([3, 7], ("positional", form), "auto", torch.float32)
         expected = output_and_gradients([3, 7], ("positional", form), "reference", torch.float32)
         assert_close(actual, expected, 1e-3)
+
+
+@needs_compiler
+def test_what_would_be_read_beyond_its_end_is_refused():
+    rows = [torch.randn(5, 4) for _ in range(3)]
+    for wrong in (5, -1):
+        index = torch.arange(5).repeat(5, 1)
+        index[2, 3] = wrong
+        with pytest.raises(IndexError, match="of 5 candidates"):
+            per_token_sampled_softmax(*rows, index, torch.full((5,), -1), 0.05)
+    layout = JaggedLayout.from_lengths([9])
+    with pytest.raises(AssertionError, match="3 lag weights for a sequence of 9"):
+        mix_tokens(torch.randn(9, 1, 4), layout, [("positional", [torch.randn(3)])], implementation="native")
 
 
 PROBE = "from fuxi_torchrec.ops import native; print(native.library() is not None)"

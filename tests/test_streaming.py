@@ -131,6 +131,8 @@ def test_a_full_state_says_so_and_stays_as_it_was():
         made.observe(state, embeddings[:, 3], times[:, 3])
     assert error.value.users == [0, 1]
     assert torch.equal(before, made.query(state, times[:, -1]))
+    with pytest.raises(UserError, match="4 events does not fit into model.padded_length = 3"):
+        made.state_of(embeddings[0], times[0, :4], JaggedLayout.from_lengths([4]))
     # What a caller does then: the newest events alone.
     newest = made.state_of(embeddings[:, 2:4].flatten(0, 1), times[:, 2:4].flatten(), JaggedLayout.from_lengths([2, 2]))
     assert_equal(made.query(newest, times[:, -1]), full_pass(made, embeddings[:, 2:4], times[:, 2:4], times[:, -1]))

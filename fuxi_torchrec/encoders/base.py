@@ -44,6 +44,14 @@ class SequenceEncoder(nn.Module):
         """Whatever the blocks share, made once per forward."""
         raise NotImplementedError
 
+    def check_fits(self, layout: JaggedLayout) -> None:
+        """UserError for a sequence that is longer than the position table."""
+        if layout.max_length > self.padded_length:
+            raise UserError(
+                f"a sequence of {layout.max_length} events does not fit into model.padded_length = "
+                f"{self.padded_length}: cut the history or train with a longer table"
+            )
+
     def input_step(self, embeddings_TD: Tensor, position_T: Tensor) -> Tensor:
         """Scaled embeddings plus the position table's rows, [T, D]."""
         return add_positions(
@@ -67,11 +75,7 @@ class SequenceEncoder(nn.Module):
         Raises:
             UserError: a sequence is longer than the position table.
         """
-        if layout.max_length > self.padded_length:
-            raise UserError(
-                f"a sequence of {layout.max_length} events does not fit into model.padded_length = "
-                f"{self.padded_length}: cut the history or train with a longer table"
-            )
+        self.check_fits(layout)
         assert embeddings_TD.shape == (layout.num_tokens, self.embedding_dim)
         x_TD = self.input_step(embeddings_TD, layout.position_T)
         context = self.batch_context(timestamps_T, next_timestamps_T, layout)

@@ -114,6 +114,7 @@ class FuXiEncoder(MixingEncoder):
         self, embeddings_TD: Tensor, timestamps_T: Tensor, next_timestamps_T: Tensor, layout: JaggedLayout
     ) -> Tensor:
         """v of every block, [T, L, H * d]; arguments as of `forward`."""
+        self.check_fits(layout)
         x_TD = self.input_step(embeddings_TD, layout.position_T)
         context, values = self.batch_context(timestamps_T, next_timestamps_T, layout), []
         for block in self.blocks:
@@ -133,7 +134,7 @@ class FuXiEncoder(MixingEncoder):
 
     def state_of(self, embeddings_TD: Tensor, timestamps_T: Tensor, layout: JaggedLayout) -> StreamingState:
         """The state after whole histories, in one full pass: as if `observe` had taken their events one by one. Each
-        history has at most padded_length events; a user may have none."""
+        history has at most padded_length events (UserError otherwise); a user may have none."""
         return streaming.state_of(self, embeddings_TD, timestamps_T, layout)
 
     def observe(self, state: StreamingState, item_embedding: Tensor, timestamp: Tensor) -> StreamingState:

@@ -146,6 +146,8 @@ def _arguments(values_THd, offsets_B1, tasks_K3, times, params, names: List[str]
     """The kernels' arguments: where the rows are, the lag weights, the sizes, and the scalars."""
     T, H, d = values_THd.shape
     weight_N, temporal = _by_kind(names, params)
+    # C looks nowhere: what is too short is read beyond its end.
+    assert weight_N is None or len(weight_N) >= longest, f"{len(weight_N)} lag weights for a sequence of {longest}"
     a = rate = 0.0
     times_T = next_times_T = None
     if temporal is not None:

@@ -25,6 +25,10 @@ class PerToken(torch.autograd.Function):
         loss_T = torch.empty(len(index_TK))
         bias_U = None if bias_U is None else bias_U.contiguous()
         index_TK, positive_index_T = index_TK.int().contiguous(), positive_index_T.int().contiguous()
+        if index_TK.numel():  # C looks nowhere: a row that is not there would be read all the same
+            smallest, largest = torch.aminmax(index_TK)
+            if smallest < 0 or largest >= len(candidates_UD):
+                raise IndexError(f"negatives {int(smallest)} … {int(largest)} of {len(candidates_UD)} candidates")
         for start in range(0, len(index_TK), chunk):
             rows = slice(start, start + chunk)
             tokens = (inputs[0][rows], inputs[1][rows], inputs[2], index_TK[rows], positive_index_T[rows], bias_U)
