@@ -22,6 +22,7 @@ import tempfile
 import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from multiprocessing.connection import wait
 from typing import Any, Callable, Dict, Iterator, List, Sequence
 
 import numpy as np
@@ -151,23 +152,33 @@ def memory_now() -> Dict[str, int]:
 
 
 def in_processes(job: Callable, processes: int, *arguments: Any) -> List[Any]:
-    """job(world, *arguments) on so many fresh processes of one thread each; every rank's result."""
+    """job(world, *arguments) on so many fresh processes of one thread each; every rank's result. Where one dies, so do the
+    others, which would wait for it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("spawn")
     place = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    started = []
+    started, results = {}, [None] * processes
     for rank in range(processes):
         here, there = context.Pipe()
         process = context.Process(target=_work, args=(there, rank, place, job, arguments), daemon=True)
         with _one_thread():
             process.start()
         there.close()
-        started.append((process, here))
-    results = [here.recv() for _, here in started]  # EOFError: the process died, and has said why
-    for process, _ in started:
+        started[here] = rank, process
+    try:
+        while started:
+            for here in wait(started):
+                results[started[here][0]] = here.recv()
+                started.pop(here)[1].join()
+    except EOFError:
+        rank, process = started.pop(here)
         process.join()
+        raise SystemExit(f"rank {rank} died with exit code {process.exitcode}") from None
+    finally:
+        for _, process in started.values():
+            process.kill()
     return results
 
 
