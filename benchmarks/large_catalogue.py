@@ -11,7 +11,8 @@ median step over that of the first size in the same round.
 
 Memory: fresh processes for each size, `--memory-steps` steps. "Beyond imports" is the peak resident memory of a rank
 (VmHWM) less what it had once everything was imported, "made" the same before the first step; the goal is that the sum
-over the ranks is at most table + optimizer state + 1 GB.
+over the ranks is at most table + optimizer state + 1 GB. "Ranking adds" is the peak of a rank while its users' targets
+are ranked against the whole catalogue, less what it held before: a block of scores, whatever the catalogue.
 """
 
 import argparse
@@ -28,12 +29,15 @@ from typing import Any, Callable, Dict, Iterator, List, Sequence
 import numpy as np
 import torch
 import torch.distributed as dist
+from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from benchmarks.research_step import LONGEST, Shape, draw_users
 from fuxi_torchrec.config import Config, DataConfig, LossConfig, ModelConfig, TableConfig, TrainerConfig
 from fuxi_torchrec.data_format import DatasetIdentity
 from fuxi_torchrec.dataset import RowGroup, UserRows
+from fuxi_torchrec.full_ranking import rank_targets
 from fuxi_torchrec.loader import Position
+from fuxi_torchrec.ops.ranking import Seen
 from fuxi_torchrec.run_folder import RunFolder
 from fuxi_torchrec.sharding import World, local_parts, start_world
 from fuxi_torchrec.training import Trainer
@@ -141,7 +145,20 @@ def memory(world: World, num_items: int, options: argparse.Namespace) -> Dict[st
         made = memory_now()["VmHWM"] - before
         for _ in range(options.memory_steps):
             step.step()
-        return {**step.bytes(), "imported": before, "made": made, "beyond": memory_now()["VmHWM"] - before}
+        beyond = memory_now()["VmHWM"] - before
+        adds = ranking_adds(step.trainer.model, world, num_items, options.users)
+        return {**step.bytes(), "imported": before, "made": made, "beyond": beyond, "ranking": adds}
+
+
+def ranking_adds(model: DistributedModelParallel, world: World, num_items: int, users: int) -> int:
+    """Bytes by which ranking `users` random queries of each rank raises the peak."""
+    queries_QD, target_Q = torch.randn(users, WIDTH), torch.randint(num_items, (users,))
+    seen = Seen(torch.arange(users), torch.randint(num_items, (users,)))
+    with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+        file.write("5")  # the peak begins anew
+    before = memory_now()["VmRSS"]
+    rank_targets(model, world, queries_QD, target_Q, seen, temperature=0.05, normalize_eps=1e-6)
+    return memory_now()["VmHWM"] - before
 
 
 def memory_now() -> Dict[str, int]:
@@ -217,12 +234,12 @@ def time_table(items: Sequence[int], ranks: Sequence[List[List[List[float]]]]) -
 
 def memory_line(num_items: int, ranks: Sequence[Dict[str, float]]) -> str:
     table, state, beyond = (sum(rank[name] for rank in ranks) / GB for name in ("table", "state", "beyond"))
-    each, made, imported = (
-        ", ".join(f"{rank[name] / GB:.2f}" for rank in ranks) for name in ("beyond", "made", "imported")
+    each, made, imported, ranking = (
+        ", ".join(f"{rank[name] / GB:.2f}" for rank in ranks) for name in ("beyond", "made", "imported", "ranking")
     )
     rest = beyond - table - state
     values = f"{table:.3f} | {state:.3f} | {imported} | {made} | {each} | {beyond:.2f} | {rest:.2f}"
-    return f"| {num_items:,} | {values} | {'yes' if rest <= 1 else 'no'} |"
+    return f"| {num_items:,} | {values} | {'yes' if rest <= 1 else 'no'} | {ranking} |"
 
 
 def main() -> None:
@@ -241,8 +258,8 @@ def main() -> None:
         print(time_table(options.items, in_processes(step_times, options.processes, options)), flush=True)
         print(f"\nload before {load:.1f}, after {os.getloadavg()[0]:.1f}\n", flush=True)
     if options.only != "time":
-        print("| items | table, GB | state | imported, by rank | made | beyond imports | sum | above both | ≤ 1 GB |")
-        print("|---|---|---|---|---|---|---|---|---|")
+        print("| items | table, GB | state | imported, by rank | made | beyond imports | sum | above both | ≤ 1 GB | ranking |")
+        print("|---|---|---|---|---|---|---|---|---|---|")
         for num_items in options.items:
             print(memory_line(num_items, in_processes(memory, options.processes, num_items, options)), flush=True)
 
