@@ -79,6 +79,18 @@ def test_long_and_short_users_of_one_batch(monkeypatch, toeplitz_kernel):
         assert_close(output_and_gradients(JAGGED, names, "linear", torch.float64), expected, 2e-6)
 
 
+@pytest.mark.parametrize("names", [("positional", "pow"), ("exp", "zero", "positional"), ("pow",)], ids="-".join)
+def test_short_users_beside_long_ones_are_mixed_in_c_where_that_can_be_had(names, monkeypatch, kernels):
+    monkeypatch.setattr(token_mixing, "LINEAR_FROM", 100)
+    monkeypatch.setattr(exponential_scan, "CHUNK", 16)
+    in_c, call = [], native.call
+    monkeypatch.setattr(native, "call", lambda name, *arguments: (in_c.append(name), call(name, *arguments)))
+    expected = output_and_gradients(JAGGED, names, "reference", torch.float64)
+    float32 = output_and_gradients(JAGGED, names, "linear", torch.float32)
+    assert_close([x.double() for x in float32], expected, 3e-5)
+    assert ({"mix_forward", "mix_backward"} <= set(in_c)) == (kernels == "native")
+
+
 def test_the_same_input_gives_the_same_bits(everyone_linear):
     first = output_and_gradients(JAGGED, ("positional", "pow"), "linear", torch.float32)
     second = output_and_gradients(JAGGED, ("positional", "pow"), "linear", torch.float32)

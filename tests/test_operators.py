@@ -12,6 +12,8 @@ from fuxi_torchrec.ops.token_mixing import mix_tokens
 
 LENGTHS = [3, 0, 9, 1]
 CHANNELS = ("positional", "zero", "pow")
+needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C compiler here")
+C_KERNELS = pytest.param(True, marks=needs_compiler)
 
 
 def inputs():
@@ -24,18 +26,19 @@ def inputs():
     return values_THd, layout, [times_T[:-1], times_T[1:]], [p.requires_grad_() for p in params]
 
 
+@pytest.mark.parametrize("in_c", [False, C_KERNELS])
 @pytest.mark.parametrize("linear_from", [None, 4])
-def test_torchs_checks_of_the_mixer(linear_from):
+def test_torchs_checks_of_the_mixer(linear_from, in_c):
     values_THd, layout, times, params = inputs()
     slots = [layout.slots.users_B5, layout.slots.token_P, layout.slots.slot_T, layout.slots.padding_slots]
     lists = times, slots, [torch.empty(0)] * 3
-    settings = " ".join(CHANNELS), linear_from, 1.0, 1e-6
+    settings = " ".join(CHANNELS), linear_from, in_c, 1.0, 1e-6
     torch.library.opcheck(mix_op, (values_THd, *lists, params, *settings))
     grad_THCd, plain = torch.randn(len(values_THd), 2, 3, 3), [p.detach() for p in params]
     torch.library.opcheck(mix_backward_op, (grad_THCd, values_THd.detach(), *lists, plain, *settings))
 
 
-@pytest.mark.skipif(native.library() is None, reason="no C compiler here")
+@needs_compiler
 def test_torchs_checks_of_the_mixer_in_c():
     values_THd, layout, times, params = inputs()
     where = layout.offsets_B1, layout.row_tasks(mixing_native.TASK_ROWS), times
@@ -50,10 +53,10 @@ class Mixer(torch.nn.Module):
 
     def __init__(self, implementation):
         super().__init__()
-        _, self.layout, times, params = inputs()
+        values_THd, self.layout, times, params = inputs()
         self.implementation, self.gaps = implementation, TimeGaps(*times, self.layout)
         self.params = torch.nn.ParameterList(params)
-        self.layout.slots, self.gaps.are_sorted  # made before tracing, as the batch's context is  # noqa: B018
+        self(values_THd)  # what a batch needs once is made before anything is traced
 
     def forward(self, values_THd):
         weight_N, a, b = self.params
@@ -61,13 +64,14 @@ class Mixer(torch.nn.Module):
         return mix_tokens(values_THd, self.layout, channels, self.gaps, self.implementation)
 
 
-@pytest.mark.parametrize("implementation", ["blocked", "linear"])
+@pytest.mark.parametrize("implementation", ["blocked", "linear", pytest.param("native", marks=needs_compiler)])
 def test_compiled_and_exported_mixers_give_eagers_numbers(implementation, monkeypatch):
     monkeypatch.setattr(token_mixing, "LINEAR_FROM", 4)
     values_THd = inputs()[0]
     mixer = Mixer(implementation)
     program = torch.export.export(mixer, (values_THd,))
-    assert "fuxi_torchrec.mix_tokens.default" in {str(node.target) for node in program.graph.nodes}
+    operator = "mix_native" if implementation == "native" else "mix_tokens"
+    assert f"fuxi_torchrec.{operator}.default" in {str(node.target) for node in program.graph.nodes}
     compiled = torch.compile(mixer, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         torch.testing.assert_close(program.module()(values_THd), mixer(values_THd), rtol=0, atol=0)

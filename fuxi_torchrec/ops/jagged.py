@@ -76,6 +76,18 @@ class Slots:
             yield first, [group for group in self.groups if group.length > first]
 
 
+def row_tasks(lengths: Sequence[int], rows: int) -> Tensor:
+    """int64 [tasks, 3] on the host: (user, first row, last row + 1), every user cut into runs of `rows` rows, those whose
+    causal past is longest first."""
+    lengths_B = torch.as_tensor(lengths, dtype=torch.int64)
+    pieces_B = (lengths_B + rows - 1) // rows
+    user_K = torch.arange(len(lengths_B)).repeat_interleave(pieces_B)
+    first_K = (torch.arange(len(user_K)) - (pieces_B.cumsum(0) - pieces_B)[user_K]) * rows
+    last_K = torch.minimum(first_K + rows, lengths_B[user_K])
+    order_K = torch.argsort(last_K, descending=True, stable=True)
+    return torch.stack([user_K, first_K, last_K], 1)[order_K].contiguous()
+
+
 class JaggedLayout:
     """Where the B users of a batch lie in the T jagged rows; made once per batch and shared by every block.
 
@@ -127,16 +139,9 @@ class JaggedLayout:
         return torch.arange(self.num_tokens, device=self.device) - self.offsets_B1[self.user_T]
 
     def row_tasks(self, rows: int) -> Tensor:
-        """int64 [tasks, 3] on the host: (user, first row, last row + 1), every user cut into runs of `rows` rows, those
-        whose causal past is longest first."""
+        """`row_tasks` of the batch."""
         if rows not in self._row_tasks:
-            lengths_B = torch.as_tensor(self.host_lengths, dtype=torch.int64)
-            pieces_B = (lengths_B + rows - 1) // rows
-            user_K = torch.arange(len(lengths_B)).repeat_interleave(pieces_B)
-            first_K = (torch.arange(len(user_K)) - (pieces_B.cumsum(0) - pieces_B)[user_K]) * rows
-            last_K = torch.minimum(first_K + rows, lengths_B[user_K])
-            order_K = torch.argsort(last_K, descending=True, stable=True)
-            self._row_tasks[rows] = torch.stack([user_K, first_K, last_K], 1)[order_K].contiguous()
+            self._row_tasks[rows] = row_tasks(self.host_lengths, rows)
         return self._row_tasks[rows]
 
     @property

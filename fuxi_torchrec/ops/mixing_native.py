@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.ops import native
-from fuxi_torchrec.ops.jagged import JaggedLayout
-from fuxi_torchrec.ops.time_maps import Channel, TimeGaps
+from fuxi_torchrec.ops.jagged import JaggedLayout, row_tasks
+from fuxi_torchrec.ops.time_maps import Channel, TimeGaps, Times
 
 FORMS = ("pow", "exp")
 """Temporal channels that the kernels know."""
@@ -42,6 +42,45 @@ def supports(values_THd: Tensor, channels: Sequence[Channel]) -> bool:
     # The kernels take one channel of each kind.
     single = names.count("positional") <= 1 and sum(name in FORMS for name in names) <= 1
     return known and single and native.takes(values_THd, *(p for _, ps in channels for p in ps))
+
+
+def forward_of_users(
+    mixed_THCd: Tensor, values_THd: Tensor, users: Sequence[Tuple[int, int]], channels: Sequence[Channel], times: Times
+) -> None:
+    """Writes the rows of some users, (first row, length) each; for channels and values that `supports` takes."""
+    names, params = [name for name, _ in channels], [p for _, ps in channels for p in ps]
+    for c, name in enumerate(names):
+        if name == "zero":
+            mixed_THCd[:, :, c].zero_()
+    where, weight_N, sizes, scalars = _arguments_of_users(values_THd, users, times, params, names)
+    native.call("mix_forward", *where, weight_N, mixed_THCd, *sizes, *scalars)
+
+
+def backward_of_users(
+    grad_THd: Tensor,
+    grad_THCd: Tensor,
+    values_THd: Tensor,
+    users: Sequence[Tuple[int, int]],
+    channels: Sequence[Channel],
+    times: Times,
+) -> List[Tensor]:
+    """Writes the rows of these users into the values' gradient; returns the parameters' gradients."""
+    names, params = [name for name, _ in channels], [p for _, ps in channels for p in ps]
+    where, weight_N, sizes, scalars = _arguments_of_users(values_THd, users, times, params, names)
+    longest, sums_2 = max(n for _, n in users), torch.zeros(2, dtype=torch.float64)
+    grad_lags = torch.zeros(longest)
+    native.call("mix_backward", *where, weight_N, grad_THCd, grad_THd, grad_lags, sums_2, *sizes, *scalars)
+    return _parameter_gradients(names, params, grad_lags, sums_2)
+
+
+def _arguments_of_users(values_THd, users, times: Times, params, names: List[str]):
+    offsets_2B = torch.tensor([row for first, n in users for row in (first, first + n)])
+    tasks_K3 = row_tasks([n for _, n in users], TASK_ROWS)
+    tasks_K3[:, 0] *= 2  # a user's rows begin at every other offset
+    longest = max(n for _, n in users)
+    return _arguments(
+        _rows_at_one_distance(values_THd), offsets_2B, tasks_K3, times[:2], params, names, longest, times.time_unit
+    )
 
 
 @torch.library.custom_op("fuxi_torchrec::mix_native", mutates_args=())

@@ -1,5 +1,6 @@
 """Token mixing as an operator that torch.compile and torch.export can see: users of up to `linear_from` rows in groups
-(`mixing_blocked`), longer ones one by one (`mixing_linear`). Backward keeps v and makes everything else again.
+(`mixing_blocked`, or `mixing_native`), longer ones one by one (`mixing_linear`). Backward keeps v and makes everything
+else again.
 
 Shapes: T tokens, P padded slots, H heads, d value size per head, E = H * d, C channels.
 """
@@ -11,6 +12,7 @@ from typing import Dict, List, Optional, Sequence, Tuple, Union
 import torch
 from torch import Tensor
 
+from fuxi_torchrec.ops import mixing_native
 from fuxi_torchrec.ops.jagged import Slots
 from fuxi_torchrec.ops.mixing_blocked import blocked_backward, blocked_forward
 from fuxi_torchrec.ops.mixing_linear import LinearGaps, linear_backward, linear_forward
@@ -40,14 +42,15 @@ class _Mixing:
     features: Sequence[Tensor]
     channels: List[Channel]
     linear_from: Optional[int]
+    in_c: bool
 
     @classmethod
-    def of(cls, times, slots, features, params, kinds: str, linear_from: Optional[int], time_unit: float, tolerance: float):
+    def of(cls, times, slots, features, params, kinds: str, linear_from, in_c: bool, time_unit: float, tolerance: float):
         rest, channels = list(params), []
         for name in kinds.split():
             channels.append((name, rest[: PARAMETERS[name]]))
             rest = rest[PARAMETERS[name] :]
-        return cls(Times(*times, time_unit, tolerance), Slots(*slots), features, channels, linear_from)
+        return cls(Times(*times, time_unit, tolerance), Slots(*slots), features, channels, linear_from, in_c)
 
     @cached_property
     def _split(self) -> Tuple[List[Tuple[int, int]], Slots]:
@@ -61,17 +64,26 @@ class _Mixing:
     def short(self) -> Slots:
         return self._split[1]
 
+    @property
+    def short_users(self) -> List[Tuple[int, int]]:
+        """(first row, length) each."""
+        return [tuple(row[3:]) for row in self.short.users_B5.tolist()]
+
     @cached_property
     def gaps(self) -> Tuple[Dict[int, StripGaps], Dict[int, LinearGaps]]:
         """Of the temporal channels, by their number, for short and for long users."""
         strips, linear = {}, {}
         for c, (name, params) in enumerate(self.channels):
             if name not in ("positional", "zero"):
-                strips[c], linear[c] = _gaps(name, params[0].dtype, self.times, *self._split, self.features[c])
+                strips[c], linear[c] = _gaps(name, params[0].dtype, self.times, *self._split, self.in_c, self.features[c])
         return strips, linear
 
 
-def _gaps(name: str, dtype: torch.dtype, times: Times, long, short: Slots, cached: Tensor) -> Tuple[StripGaps, LinearGaps]:
+def _gaps(
+    name: str, dtype: torch.dtype, times: Times, long, short: Slots, in_c: bool, cached: Tensor
+) -> Tuple[StripGaps, LinearGaps]:
+    if in_c:  # whose kernels make theirs in registers
+        short = Slots(short.users_B5[:0], *(x[:0] for x in (short.token_P, short.slot_T, short.padding_slots)))
     strips = StripGaps(short, times, TIME_MAPS[name].feature, dtype)
     linear = LinearGaps(name, long, times, dtype)
     if not cached.numel():
@@ -83,11 +95,13 @@ def _gaps(name: str, dtype: torch.dtype, times: Times, long, short: Slots, cache
     )
 
 
-def make_features(name: str, dtype: torch.dtype, times: Times, slots: Slots, linear_from: Optional[int], most: int) -> Tensor:
+def make_features(
+    name: str, dtype: torch.dtype, times: Times, slots: Slots, linear_from: Optional[int], in_c: bool, most: int
+) -> Tensor:
     """What a temporal channel reads of the times, in one flat tensor for the operator's `features`; empty where that would
     be more than `most` entries."""
     empty = torch.empty(0, dtype=dtype, device=slots.token_P.device)
-    strips, linear = _gaps(name, dtype, times, *slots.split(linear_from), empty)
+    strips, linear = _gaps(name, dtype, times, *slots.split(linear_from), in_c, empty)
     if strips.count() + linear.count() > most:
         return empty
     return torch.cat([*strips.all_strips(), *linear.all_users(), empty.to(torch.int32 if name == "bucketed" else dtype)])
@@ -102,6 +116,7 @@ def mix_op(
     params: List[Tensor],
     kinds: str,
     linear_from: Optional[int],
+    in_c: bool,
     time_unit: float,
     tolerance: float,
 ) -> Tensor:
@@ -116,16 +131,19 @@ def mix_op(
         kinds: the channels' names, separated by spaces.
         linear_from: users of length groups with more rows than this are mixed by mixing_linear, which must know every
             channel; None: nobody is.
+        in_c: the others are mixed by mixing_native, which must support channels and values.
         time_unit, tolerance: see `time_maps.Times`.
     """
-    mixing = _Mixing.of(times, slots, features, params, kinds, linear_from, time_unit, tolerance)
+    mixing = _Mixing.of(times, slots, features, params, kinds, linear_from, in_c, time_unit, tolerance)
     T, H, d = values_THd.shape
     y_THCd = values_THd.new_empty(T, H, len(mixing.channels), d)
     strips, linear = mixing.gaps
     with torch.autocast(values_THd.device.type, enabled=False):
         if mixing.long:
             linear_forward(y_THCd, values_THd, mixing.long, mixing.channels, linear)
-        if mixing.short.groups:
+        if mixing.short.groups and in_c:
+            mixing_native.forward_of_users(y_THCd, values_THd, mixing.short_users, mixing.channels, mixing.times)
+        elif mixing.short.groups:
             v_PE = values_THd.flatten(1).index_select(0, mixing.short.token_P)
             y_PHCd = y_THCd.new_empty(len(v_PE), *y_THCd.shape[1:])
             blocked_forward(y_PHCd, v_PE, mixing.short, mixing.channels, strips)
@@ -143,7 +161,7 @@ def _to_rows(x_T: Tensor, x_P: Tensor, mixing: _Mixing) -> Tensor:
 
 
 @mix_op.register_fake
-def _(values_THd, times, slots, features, params, kinds, linear_from, time_unit, tolerance):
+def _(values_THd, times, slots, features, params, kinds, linear_from, in_c, time_unit, tolerance):
     T, H, d = values_THd.shape
     return values_THd.new_empty(T, H, len(kinds.split()), d)
 
@@ -158,11 +176,12 @@ def mix_backward_op(
     params: List[Tensor],
     kinds: str,
     linear_from: Optional[int],
+    in_c: bool,
     time_unit: float,
     tolerance: float,
 ) -> List[Tensor]:
     """The gradients of values and of every parameter."""
-    mixing = _Mixing.of(times, slots, features, params, kinds, linear_from, time_unit, tolerance)
+    mixing = _Mixing.of(times, slots, features, params, kinds, linear_from, in_c, time_unit, tolerance)
     T, H, d = values_THd.shape
     grad_v_THd = values_THd.new_zeros(T, H, d)
     grad_params = [torch.zeros_like(p) for p in params]
@@ -171,7 +190,11 @@ def mix_backward_op(
         if mixing.long:
             parts = linear_backward(grad_v_THd, grad_THCd, values_THd, mixing.long, mixing.channels, linear)
             grad_params = [total.add_(part) for total, part in zip(grad_params, parts)]
-        if mixing.short.groups:
+        if mixing.short.groups and in_c:
+            rest = grad_THCd.contiguous(), values_THd, mixing.short_users, mixing.channels, mixing.times
+            parts = mixing_native.backward_of_users(grad_v_THd, *rest)
+            grad_params = [total.add_(part) for total, part in zip(grad_params, parts)]
+        elif mixing.short.groups:
             short = mixing.short
             v_PE = values_THd.flatten(1).index_select(0, short.token_P)
             grad_PHCd = grad_THCd.index_select(0, short.token_P).index_fill_(0, short.padding_slots, 0)
@@ -183,7 +206,7 @@ def mix_backward_op(
 
 
 @mix_backward_op.register_fake
-def _(grad_THCd, values_THd, times, slots, features, params, kinds, linear_from, time_unit, tolerance):
+def _(grad_THCd, values_THd, times, slots, features, params, kinds, linear_from, in_c, time_unit, tolerance):
     return [torch.empty(values_THd.shape, dtype=values_THd.dtype, device=values_THd.device), *map(torch.empty_like, params)]
 
 
@@ -202,7 +225,7 @@ def _backward(ctx, grad_THCd):
         tensors = tensors[size:]
     grad_THd, *grad_params = mix_backward_op(grad_THCd.contiguous(), values_THd, *lists, *ctx.settings)
     nothing: List[Union[None, List[None]]] = [[None] * size for size in ctx.sizes[:3]]
-    return (grad_THd, *nothing, grad_params, None, None, None, None)
+    return (grad_THd, *nothing, grad_params, None, None, None, None, None)
 
 
 mix_op.register_autograd(_backward, setup_context=_setup_context)

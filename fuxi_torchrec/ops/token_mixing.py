@@ -22,7 +22,7 @@ from fuxi_torchrec.ops.time_maps import CACHED_ENTRIES, Channel, TimeGaps
 Implementation = Literal["auto", "reference", "exact", "blocked", "native", "linear", "triton"]
 
 LINEAR_FROM = 1024
-"""Users with more rows than this are mixed in linear time by `linear`, the others by `blocked`, which is faster there."""
+"""Users with more rows than this are mixed in linear time by `linear`; for the others its exact fallbacks are faster."""
 NATIVE_TO = 1024
 """Batches whose longest user has at most this many rows are mixed by `native` where it can be had."""
 
@@ -45,9 +45,9 @@ def mix_tokens(
         implementation: "reference" is dense, padded and obvious; "blocked" is exact and causal in length groups and
             strips of rows, keeps no map and makes it again in backward; "native" is the same in C, for float32 on a CPU;
             "linear" costs O(n log n) for long users, with sums of exponentials for `pow` (for 0.05 <= b <= 3) and `exp`,
-            and is blocked for other maps and shorter users; "triton" is a fused CUDA kernel (`triton_mixing`); "auto" is
-            the fastest for the input on a CPU, and on CUDA "triton" wherever its kernels know the channels, which no GPU
-            has timed yet; "exact" is the same without "linear".
+            and is native, or else blocked, for other maps and shorter users; "triton" is a fused CUDA kernel
+            (`triton_mixing`); "auto" is the fastest for the input on a CPU, and on CUDA "triton" wherever its kernels know
+            the channels, which no GPU has timed yet; "exact" is the same without "linear".
 
     Returns:
         [T, H, C, d] in v's type: per head, the channels' outputs side by side, in the order given.
@@ -62,11 +62,11 @@ def mix_tokens(
         return mixing_native.mix_native(values_THd, layout, channels, gaps)
     froms = [_linear_from(name, layout, gaps, implementation) for name, _ in channels]
     if len(set(froms)) == 1:
-        return _mix(values_THd, layout, channels, gaps, froms[0])
+        return _mix(values_THd, layout, channels, gaps, froms[0], implementation)
     order, parts = [], []
     for linear_from in (LINEAR_FROM, None):
         chosen = [c for c, start in enumerate(froms) if start == linear_from]
-        parts.append(_mix(values_THd, layout, [channels[c] for c in chosen], gaps, linear_from))
+        parts.append(_mix(values_THd, layout, [channels[c] for c in chosen], gaps, linear_from, implementation))
         order += chosen
     mixed = torch.cat(parts, 2)
     return mixed if order == sorted(order) else mixed[:, :, [order.index(c) for c in range(len(order))]]
@@ -101,20 +101,29 @@ def _linear_from(
     return LINEAR_FROM if name in ("positional", "zero") or gaps.are_sorted else None
 
 
-def _mix(values_THd, layout, channels, gaps: Optional[TimeGaps], linear_from: Optional[int]) -> Tensor:
+def _in_c(values_THd: Optional[Tensor], channels: Sequence[Channel], implementation: Implementation) -> bool:
+    """Whether users who are not mixed in linear time are mixed by `native`."""
+    like = values_THd if values_THd is not None else next((p for _, ps in channels for p in ps), None)
+    return implementation in ("auto", "linear") and like is not None and mixing_native.supports(like, channels)
+
+
+def _mix(
+    values_THd, layout, channels, gaps: Optional[TimeGaps], linear_from: Optional[int], implementation: Implementation
+) -> Tensor:
+    in_c = _in_c(values_THd, channels, implementation)
     params = [p for _, ps in channels for p in ps]
     nothing = values_THd.new_empty(0)
     times = [nothing, nothing] if gaps is None else list(gaps.times[:2])
     features = [nothing] * len(channels)
     if gaps is not None:
         features = [
-            gaps.features.get((name, linear_from, ps[0].dtype), nothing) if ps else nothing for name, ps in channels
+            gaps.features.get((name, linear_from, in_c, ps[0].dtype), nothing) if ps else nothing for name, ps in channels
         ]
     slots = layout.slots
     slots = [slots.users_B5, slots.token_P, slots.slot_T, slots.padding_slots]
     kinds = " ".join(name for name, _ in channels)
     unit, tolerance = (1.0, 1e-6) if gaps is None else gaps.times[2:]
-    return mix_op(values_THd, times, slots, features, params, kinds, linear_from, unit, tolerance)
+    return mix_op(values_THd, times, slots, features, params, kinds, linear_from, in_c, unit, tolerance)
 
 
 def prepare(
@@ -123,10 +132,12 @@ def prepare(
     """Makes what `mix_tokens` reads of the times once for every block of a batch that has these channels."""
     if _kernels(None, layout, channels, implementation) != "torch":
         return  # these make it in registers
+    autocast = torch.is_autocast_enabled(layout.device.type)
     for name, params in channels:
         if name in ("positional", "zero"):
             continue
         linear_from, dtype = _linear_from(name, layout, gaps, implementation), params[0].dtype
-        key = (name, linear_from, dtype)
+        in_c = not autocast and _in_c(None, channels, implementation)
+        key = (name, linear_from, in_c, dtype)
         if key not in gaps.features:
-            gaps.features[key] = make_features(name, dtype, gaps.times, layout.slots, linear_from, CACHED_ENTRIES)
+            gaps.features[key] = make_features(name, dtype, gaps.times, layout.slots, linear_from, in_c, CACHED_ENTRIES)

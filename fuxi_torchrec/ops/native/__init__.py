@@ -49,6 +49,7 @@ _SIGNATURES = {
 """Arguments of each kernel: t a tensor or None, i int64, u uint32, s uint64, f float32. The number of threads is last."""
 
 _log = logging.getLogger(__name__)
+_found = False
 
 
 def usable(*tensors: Tensor) -> bool:
@@ -59,8 +60,11 @@ def usable(*tensors: Tensor) -> bool:
 
 
 def takes(*tensors: Tensor) -> bool:
-    """Whether the kernels exist here and are for such tensors: float32 on a CPU."""
-    return all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors) and library() is not None
+    """Whether the kernels exist here and are for such tensors: float32 on a CPU. While something is compiled: whether they
+    have been found before, since torch.compile cannot follow the search."""
+    if not all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors):
+        return False
+    return _found if torch.compiler.is_compiling() else library() is not None
 
 
 def call(name: str, *arguments) -> None:
@@ -86,8 +90,11 @@ def library() -> Optional[ctypes.CDLL]:
     if compiler is None:
         _log.warning("no C compiler (cc, gcc, clang or $CC): training on the CPU takes PyTorch's operators, and longer")
         return None
+    global _found
     try:
-        return ctypes.CDLL(str(_compiled(compiler)))
+        kernels = ctypes.CDLL(str(_compiled(compiler)))
+        _found = True
+        return kernels
     except (OSError, subprocess.SubprocessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1:]
         _log.warning("the CPU kernels could not be compiled (%s): %s=0 silences this", "".join(reason), SWITCH)
