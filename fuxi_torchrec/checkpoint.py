@@ -61,7 +61,7 @@ class Checkpoints:
         self.keep = config.trainer.keep_checkpoints
         self.beside = {"config.yaml": to_yaml(config), **(beside or {})}
         self.identity = {
-            **{f"model.{key}": value for key, value in vars(config.model).items() if "dropout" not in key},
+            **{f"model.{key}": value for key, value in vars(config.model).items()},
             "model.padded_length": config.padded_length,
             "num_items": num_items,
         }
@@ -237,7 +237,7 @@ class Checkpoints:
                 f"{path}: a checkpoint of format {marker.get('format')}, this version reads {FORMAT}; train again"
             )
         saved = marker["identity"]
-        for key in sorted(set(saved) | set(self.identity)):
+        for key in sorted(filter(_is_identity, set(saved) | set(self.identity))):
             if saved.get(key) != self.identity.get(key):
                 raise UserError(
                     f"{path}: a checkpoint of another model; {key} is {saved.get(key)} there and "
@@ -266,6 +266,11 @@ class Checkpoints:
     def _barrier(self) -> None:
         if self.world.size > 1:
             dist.barrier(group=self._group)
+
+
+def _is_identity(key: str) -> bool:
+    """Whether models that differ in it are different: not in how they are computed, nor in what training alone drops."""
+    return "dropout" not in key and "mixing" not in key
 
 
 def create_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

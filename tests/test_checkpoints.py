@@ -26,6 +26,14 @@ def test_a_checkpoint_of_another_model_is_refused_by_the_key_that_differs(small_
         train(config, tmp_path / "run", resume=True)
 
 
+def test_how_tokens_are_mixed_is_no_part_of_a_model(small_dataset, tmp_path):
+    config = tiny(small_dataset, max_epochs=1)
+    train(config, tmp_path / "run")
+    config.model.token_mixing, config.model.mixing_tolerance = "reference", 1e-5
+    with open_model(RunFolder.open(str(tmp_path / "run")), config, "best") as saved:
+        assert saved.model.module.tower.encoder.blocks[0].token_mixing == "reference"
+
+
 def test_a_damaged_checkpoint_is_an_error_that_names_it(small_dataset, tmp_path):
     train(tiny(small_dataset, max_epochs=1), tmp_path / "run")
     run = RunFolder.open(str(tmp_path / "run"))
