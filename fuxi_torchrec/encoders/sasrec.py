@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fuxi_torchrec.config import ModelConfig
 from fuxi_torchrec.encoders.base import SequenceEncoder, reset_linear_bias
 from fuxi_torchrec.errors import UserError
-from fuxi_torchrec.ops.fused import dropout, layer_norm
+from fuxi_torchrec.ops.fused import dropout, layer_norm, wide
 from fuxi_torchrec.ops.jagged import JaggedLayout, from_slots, to_slots
 
 EPS = 1e-8
@@ -44,7 +44,7 @@ def _attention_with_dropout(q_GHnd: Tensor, k_GHnd: Tensor, v_GHnd: Tensor, drop
     """PyTorch has no fused kernel for this on a CPU, and its dropout draws slowly there."""
     n, d = q_GHnd.shape[-2:]
     future_nn = torch.ones(n, n, dtype=torch.bool, device=q_GHnd.device).triu(1)
-    scores_GHnn = (q_GHnd * d**-0.5) @ k_GHnd.mT
+    scores_GHnn = wide((q_GHnd * d**-0.5) @ k_GHnd.mT)
     weights_GHnn = torch.softmax(scores_GHnn.masked_fill(future_nn, float("-inf")), -1)
     return dropout(weights_GHnn, dropout_p, training=True).to(v_GHnd.dtype) @ v_GHnd
 
