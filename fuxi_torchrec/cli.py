@@ -124,6 +124,7 @@ def _run_training(config: Any, output: str, resume: bool, profile: bool) -> int:
         config.data.path = os.path.abspath(config.data.path)
     read_identity(config.data.path)  # before the seconds that importing torch takes
     _check_environment(config.trainer.device)
+    from fuxi_torchrec.compiling import check_compiler
     from fuxi_torchrec.dataset import SequenceDataset, check_enough_data, check_splits
     from fuxi_torchrec.faults import Interrupted, check_same_start, fail_together
     from fuxi_torchrec.outcome import recorded_outcome
@@ -132,6 +133,8 @@ def _run_training(config: Any, output: str, resume: bool, profile: bool) -> int:
 
     trainer = config.trainer
     check_table(config, device_type(trainer.device))
+    if trainer.compile:
+        check_compiler(device_type(trainer.device))
     world_of_all = start_world(trainer.device, trainer.timeout_minutes)
     with recorded_outcome() as outcome, world_of_all as world, fail_together(world):
         dataset = SequenceDataset(config.data.path)

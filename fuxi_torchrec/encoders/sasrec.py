@@ -119,9 +119,12 @@ class SASRecBlock(nn.Module):
         key_value = F.linear(x_TD, self.attention_in_weight[D:], self.attention_in_bias[D:])
         key, value = key_value.chunk(2, dim=1)
         q, k, v = (x.unflatten(1, heads) for x in (query, key, value))
-        dropout_p = self.attention_dropout if self.training else 0.0
-        y_TD = causal_softmax_attention(q, k, v, layout, dropout_p).flatten(1)
+        y_TD = self.mix(q, k, v, layout).flatten(1)
         return F.linear(y_TD, self.attention_out_weight, self.attention_out_bias)
+
+    def mix(self, q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, layout: JaggedLayout) -> Tensor:
+        """Attention, [T, H, d]."""
+        return causal_softmax_attention(q_THd, k_THd, v_THd, layout, self.attention_dropout if self.training else 0.0)
 
 
 class SASRecEncoder(SequenceEncoder):
