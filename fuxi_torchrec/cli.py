@@ -13,6 +13,7 @@ COMMANDS = {
     "prepare": "raw data (MovieLens, event logs, synthetic) -> a data set folder",
     "train": "train a config on a data set, into a run folder",
     "plan": "how a table would be cut over a cluster: memory, traffic, and whether it fits",
+    "bench": "time training steps by stage, encoder and length",
     "evaluate": "rank a split's targets with a run's saved model",
     "recommend": "top-k items for users, or for a history given by hand",
 }
@@ -35,6 +36,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
         "prepare": _prepare,
         "train": _train,
         "plan": _plan,
+        "bench": _bench,
         "evaluate": _evaluate,
         "recommend": _recommend,
     }
@@ -172,6 +174,12 @@ def _plan(arguments: List[str]) -> int:
     from fuxi_torchrec.plan_command import plan
 
     return plan(arguments)
+
+
+def _bench(arguments: List[str]) -> int:
+    from fuxi_torchrec.bench_command import bench
+
+    return bench(arguments)
 
 
 def _evaluate(arguments: List[str]) -> int:
