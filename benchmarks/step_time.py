@@ -24,47 +24,20 @@ import numpy as np
 import torch
 
 from benchmarks.research_step import LONGEST, SHAPES, PaddedUsers, ResearchStep, Shape, draw_users
+from fuxi_torchrec.bench_data import MemoryDataset
 from fuxi_torchrec.config import Config, DataConfig, ModelConfig, TrainerConfig
-from fuxi_torchrec.data_format import DatasetIdentity
-from fuxi_torchrec.dataset import RowGroup, UserRows
 from fuxi_torchrec.loader import Position
 from fuxi_torchrec.run_folder import RunFolder
 from fuxi_torchrec.sharding import start_world
 from fuxi_torchrec.training import Trainer
 
 
-class MemoryDataset:
-    """A SequenceDataset that holds exactly the padded users, each with one more event: the one that is tested on."""
-
-    def __init__(self, shape: Shape, users: PaddedUsers):
-        events_B = (users.lengths_B + 2).numpy()
-        keep_BN = np.arange(users.ids_BN.shape[1])[None] < events_B[:, None]
-        self.rows = UserRows(
-            user_ids_U=np.arange(shape.users),
-            offsets_U1=np.concatenate([[0], events_B.cumsum()]),
-            item_ids_E=users.ids_BN.numpy()[keep_BN] - 1,
-            timestamps_E=users.timestamps_BN.numpy()[keep_BN],
-        )
-        events = int(events_B.sum())
-        times = self.rows.timestamps_E
-        self.identity = DatasetIdentity(
-            name="memory",
-            num_users=shape.users,
-            num_items=shape.items,
-            num_events=events,
-            catalogue="all",
-            time_unit=1.0,
-            min_timestamp=int(times.min()),
-            max_timestamp=int(times.max()),
-            max_events_per_user=int(events_B.max()),
-            source="memory",
-            source_checksum="",
-            content_checksum="",
-        )
-        self.row_groups = [RowGroup("memory", 0, shape.users)]
-
-    def read(self, group: RowGroup) -> UserRows:
-        return self.rows
+def memory_dataset(shape: Shape, users: PaddedUsers) -> MemoryDataset:
+    """Exactly the padded users, each with one more event: the one that is tested on."""
+    events_B = (users.lengths_B + 2).numpy()
+    keep_BN = np.arange(users.ids_BN.shape[1])[None] < events_B[:, None]
+    ids_E, times_E = users.ids_BN.numpy()[keep_BN] - 1, users.timestamps_BN.numpy()[keep_BN]
+    return MemoryDataset(events_B, ids_E, times_E, shape.items)
 
 
 class OwnStep:
@@ -85,7 +58,7 @@ class OwnStep:
         )
         run = RunFolder(stack.enter_context(tempfile.TemporaryDirectory()))
         world = stack.enter_context(start_world("cpu"))
-        self.trainer = Trainer(config, MemoryDataset(shape, users), run, world)
+        self.trainer = Trainer(config, memory_dataset(shape, users), run, world)
         stack.callback(self.trainer.progression.close)
         self.position = Position()
 

@@ -13,6 +13,7 @@ COMMANDS = {
     "prepare": "raw data (MovieLens, event logs, synthetic) -> a data set folder",
     "train": "train a config on a data set, into a run folder",
     "plan": "how a table would be cut over a cluster: memory, traffic, and whether it fits",
+    "bench": "time training steps by stage, encoder and length",
     "evaluate": "rank a split's targets with a run's saved model",
     "recommend": "top-k items for users, or for a history given by hand",
 }
@@ -35,6 +36,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
         "prepare": _prepare,
         "train": _train,
         "plan": _plan,
+        "bench": _bench,
         "evaluate": _evaluate,
         "recommend": _recommend,
     }
@@ -124,6 +126,7 @@ def _run_training(config: Any, output: str, resume: bool, profile: bool) -> int:
         config.data.path = os.path.abspath(config.data.path)
     read_identity(config.data.path)  # before the seconds that importing torch takes
     _check_environment(config.trainer.device)
+    from fuxi_torchrec.compiling import check_compiler
     from fuxi_torchrec.dataset import SequenceDataset, check_enough_data, check_splits
     from fuxi_torchrec.faults import Interrupted, check_same_start, fail_together
     from fuxi_torchrec.outcome import recorded_outcome
@@ -132,6 +135,8 @@ def _run_training(config: Any, output: str, resume: bool, profile: bool) -> int:
 
     trainer = config.trainer
     check_table(config, device_type(trainer.device))
+    if trainer.compile:
+        check_compiler(device_type(trainer.device))
     world_of_all = start_world(trainer.device, trainer.timeout_minutes)
     with recorded_outcome() as outcome, world_of_all as world, fail_together(world):
         dataset = SequenceDataset(config.data.path)
@@ -169,6 +174,12 @@ def _plan(arguments: List[str]) -> int:
     from fuxi_torchrec.plan_command import plan
 
     return plan(arguments)
+
+
+def _bench(arguments: List[str]) -> int:
+    from fuxi_torchrec.bench_command import bench
+
+    return bench(arguments)
 
 
 def _evaluate(arguments: List[str]) -> int:

@@ -186,6 +186,11 @@ class TrainerConfig:
     """auto: CUDA where torch sees a GPU."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: autocast of the tower; logits, norms, time differences and the loss stay float32."""
+    compile: bool = False
+    """torch.compile of what in the tower's blocks is row by row: norms, gates, dropout and products. Needs a C++ compiler on
+    a CPU, where it takes the place of kernels in C; Triton on a GPU. docs/performance.md."""
+    activation_checkpointing: bool = False
+    """Keep only the blocks' inputs for backward, and compute each block forward twice: less memory, more time."""
     peak_tflops: Optional[float] = None
     """What a device can do at most, in TFLOP/s, that MFU is taken against; null: a known GPU's at trainer.precision, and
     no MFU on another device."""

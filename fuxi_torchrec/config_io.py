@@ -70,11 +70,16 @@ def _check_keys(path: str, values: Any, known: Dict[str, Any], prefix: str) -> N
 
 def parse_config(parser: OneLineParser, path: str, arguments: List[str]) -> Any:
     """Parses a config file with command-line options on top; returns (Config, namespace)."""
-    others = [after for option, after in zip(arguments, arguments[1:]) if option == "--config"]
-    others += [word.split("=", 1)[1] for word in arguments if word.startswith("--config=")]
-    for file in (path, *others):
+    return parse_options(parser, ["--config", path, *arguments])
+
+
+def parse_options(parser: OneLineParser, arguments: List[str]) -> Any:
+    """Parses command-line options alone, the config's defaults below them; returns (Config, namespace)."""
+    files = [after for option, after in zip(arguments, arguments[1:]) if option == "--config"]
+    files += [word.split("=", 1)[1] for word in arguments if word.startswith("--config=")]
+    for file in files:
         check_file(file)
-    namespace = parser.instantiate(parser.parse_args(["--config", path, *arguments]))
+    namespace = parser.instantiate(parser.parse_args(arguments))
     config = Config(**{field.name: getattr(namespace, field.name) for field in dataclasses.fields(Config)})
     check(config)
     return config, namespace

@@ -108,6 +108,7 @@ def build_model(
     """
     # The encoder first: a table that is made at once draws from torch's generator, one on the meta device doesn't.
     encoder = build_encoder(config.model, padded_length=config.padded_length, time_unit=time_unit).to(device)
+    encoder.activation_checkpointing = config.trainer.activation_checkpointing
     width, seed = config.model.embedding_dim, config.trainer.seed
     table = EmbeddingConfig(
         name=TABLE,

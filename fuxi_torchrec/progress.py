@@ -95,7 +95,7 @@ def print_results(rows: Dict[str, Dict[str, Any]], title: str) -> None:
     for model, metrics in rows.items():
         table.add_row(model, *(f"{metrics[name]:.4f}" if name in metrics else "" for name in names))
     print(f"\n{title}")
-    _console().print(table)
+    console().print(table)
     for model, metrics in rows.items():
         if "cross_entropy_floor" in metrics:
             above, error = metrics["cross_entropy_minus_floor"], metrics["cross_entropy_minus_floor_stderr"]
@@ -115,9 +115,10 @@ def print_recommendations(recommendations: Any) -> None:
         for row in rows:
             table.add_row(str(row["rank"]), str(row["item_id"]), row["title"], f"{row['score']:.3f}")
         print(f"\nuser {user}" if user != "history" else "\nhistory")
-        _console().print(table)
+        console().print(table)
 
 
-def _console() -> Console:
+def console() -> Console:
+    """For standard output."""
     # A pipe has no width: leave tables whole there.
     return Console() if sys.stdout.isatty() else Console(width=200)

@@ -14,6 +14,7 @@ import torch
 
 from fuxi_torchrec.batch import SequenceBatch
 from fuxi_torchrec.checkpoint import Checkpoints
+from fuxi_torchrec.compiling import compile_blocks
 from fuxi_torchrec.config import Config, evaluation_splits
 from fuxi_torchrec.dataset import SequenceDataset
 from fuxi_torchrec.encoders.mixing import MixingEncoder
@@ -70,6 +71,8 @@ class Trainer:
         seed, num_items = config.trainer.seed, dataset.identity.num_items
         torch.manual_seed(seed)
         self.model, self.table = build_distributed(config, dataset.identity, world)
+        if config.trainer.compile:
+            compile_blocks(self.model.module.tower.encoder)
         self.optimizer = build_optimizer(self.model, config.optimizer, self.table.rate_ratio)
         self.pipeline = build_pipeline(config, self.model, world.device)
         frequency_V = training_frequency(config.loss, dataset)

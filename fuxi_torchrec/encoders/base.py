@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.ops.fused import add_positions
@@ -17,8 +18,13 @@ from fuxi_torchrec.ops.jagged import JaggedLayout
 class SequenceEncoder(nn.Module):
     """Jagged item embeddings and times in, one output per row. Knows nothing of tables, losses, files or ranks.
 
-    Subclasses fill `blocks` and say in `batch_context` what the blocks of one forward share. time_unit is the seconds
-    per tick of the timestamps. Source of the input step: docs/models.md, "Input".
+    Subclasses fill `blocks` and say in `batch_context` what the blocks of one forward share. What in a block depends on
+    where the users lie is its method `mix` (or `mix_channels`); the rest is row by row, and a compiler sees that alone.
+    time_unit is the seconds per tick of the timestamps. Source of the input step: docs/models.md, "Input".
+
+    Attributes:
+        activation_checkpointing: for backward, keep a block's input alone and compute the rest again.
+        is_compiled: the blocks are (compiling.py); only training runs their compiled code.
     """
 
     def __init__(self, embedding_dim: int, padded_length: int, input_dropout: float, time_unit: float) -> None:
@@ -29,6 +35,7 @@ class SequenceEncoder(nn.Module):
         self.time_unit = time_unit
         self.position_embedding_ND = nn.Parameter(torch.empty(padded_length, embedding_dim))
         self.blocks = nn.ModuleList()
+        self.activation_checkpointing = self.is_compiled = False
 
     def reset_parameters(self) -> None:
         """Draws every parameter anew (also after meta-device construction and `to_empty`)."""
@@ -80,11 +87,20 @@ class SequenceEncoder(nn.Module):
         x_TD = self.input_step(embeddings_TD, layout.position_T)
         context = self.batch_context(timestamps_T, next_timestamps_T, layout)
         for block in self.blocks:
-            x_TD = block(x_TD, context)
+            x_TD = self._run(block, x_TD, context)
         if layout.num_tokens == 0:
             # Data parallelism waits for a gradient of every parameter, zero ones from a rank without users too.
             x_TD = x_TD + 0 * sum(parameter.sum() for parameter in self.parameters())
         return x_TD
+
+    def _run(self, block: nn.Module, x_TD: Tensor, context: Any) -> Tensor:
+        # Evaluation and a single row would each be compiled anew, which takes longer than it saves.
+        eager = self.is_compiled and (not self.training or len(x_TD) < 2)
+        call = block.forward if eager else block
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            # The state of the random generators is kept as well: dropout drops the same again.
+            return checkpoint(call, x_TD, context, use_reentrant=False)
+        return call(x_TD, context)
 
 
 def reset_linear_bias(bias: Tensor, fan_in: int) -> None:

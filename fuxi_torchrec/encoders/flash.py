@@ -57,11 +57,13 @@ class FLASHBlock(nn.Module):
         u, v, z = silu_split(F.linear(normed_TD, self.input_weight, self.input_bias), (E, E, self.qk_dim))
         queries_keys_T2q = z[:, None] * self.scale_2q + self.offset_2q
         queries, keys = queries_keys_T2q.unsqueeze(1).unbind(2)  # one head
-        y_T1E = squared_relu_attention(
-            queries / self.padded_length, keys, v.unsqueeze(1), layout, self.positional.weight_N
-        )
+        y_T1E = self.mix(queries / self.padded_length, keys, v.unsqueeze(1), layout)
         mixed_TE = dropout(u * y_T1E.flatten(1), self.dropout, self.training)
         return F.linear(mixed_TE, self.output_weight, self.output_bias) + x_TD
+
+    def mix(self, q_T1q: Tensor, k_T1q: Tensor, v_T1E: Tensor, layout: JaggedLayout) -> Tensor:
+        """Attention, [T, 1, E]."""
+        return squared_relu_attention(q_T1q, k_T1q, v_T1E, layout, self.positional.weight_N)
 
 
 class FLASHEncoder(SequenceEncoder):

@@ -55,18 +55,14 @@ class HSTUBlock(nn.Module):
         H, d, q = self.num_heads, self.value_dim, self.qk_dim
         z_TW = layer_norm(x_TD, EPS) @ self.input_weight
         u, v, queries, keys = silu_split(z_TW, (H * d, H * d, H * q, H * q))
-        y_THd = silu_attention(
-            queries.unflatten(1, (H, q)),
-            keys.unflatten(1, (H, q)),
-            v.unflatten(1, (H, d)),
-            context.layout,
-            1 / self.padded_length,
-            self.positional.weight_N,
-            self.bucketed_temporal.weight,
-            context.gaps,
-        )
+        y_THd = self.mix(queries.unflatten(1, (H, q)), keys.unflatten(1, (H, q)), v.unflatten(1, (H, d)), context)
         mixed = dropout(u * layer_norm(y_THd.flatten(1), EPS), self.dropout, self.training)
         return F.linear(mixed, self.output_weight, self.output_bias) + x_TD
+
+    def mix(self, q_THq: Tensor, k_THq: Tensor, v_THd: Tensor, context: HSTUContext) -> Tensor:
+        """Attention, [T, H, d]."""
+        weights = (self.positional.weight_N, self.bucketed_temporal.weight)
+        return silu_attention(q_THq, k_THq, v_THd, context.layout, 1 / self.padded_length, *weights, context.gaps)
 
 
 class HSTUEncoder(SequenceEncoder):

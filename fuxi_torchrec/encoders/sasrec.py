@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fuxi_torchrec.config import ModelConfig
 from fuxi_torchrec.encoders.base import SequenceEncoder, reset_linear_bias
 from fuxi_torchrec.errors import UserError
-from fuxi_torchrec.ops.fused import dropout, layer_norm
+from fuxi_torchrec.ops.fused import dropout, layer_norm, wide
 from fuxi_torchrec.ops.jagged import JaggedLayout, from_slots, to_slots
 
 EPS = 1e-8
@@ -44,7 +44,7 @@ def _attention_with_dropout(q_GHnd: Tensor, k_GHnd: Tensor, v_GHnd: Tensor, drop
     """PyTorch has no fused kernel for this on a CPU, and its dropout draws slowly there."""
     n, d = q_GHnd.shape[-2:]
     future_nn = torch.ones(n, n, dtype=torch.bool, device=q_GHnd.device).triu(1)
-    scores_GHnn = (q_GHnd * d**-0.5) @ k_GHnd.mT
+    scores_GHnn = wide((q_GHnd * d**-0.5) @ k_GHnd.mT)
     weights_GHnn = torch.softmax(scores_GHnn.masked_fill(future_nn, float("-inf")), -1)
     return dropout(weights_GHnn, dropout_p, training=True).to(v_GHnd.dtype) @ v_GHnd
 
@@ -119,9 +119,12 @@ class SASRecBlock(nn.Module):
         key_value = F.linear(x_TD, self.attention_in_weight[D:], self.attention_in_bias[D:])
         key, value = key_value.chunk(2, dim=1)
         q, k, v = (x.unflatten(1, heads) for x in (query, key, value))
-        dropout_p = self.attention_dropout if self.training else 0.0
-        y_TD = causal_softmax_attention(q, k, v, layout, dropout_p).flatten(1)
+        y_TD = self.mix(q, k, v, layout).flatten(1)
         return F.linear(y_TD, self.attention_out_weight, self.attention_out_bias)
+
+    def mix(self, q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, layout: JaggedLayout) -> Tensor:
+        """Attention, [T, H, d]."""
+        return causal_softmax_attention(q_THd, k_THd, v_THd, layout, self.attention_dropout if self.training else 0.0)
 
 
 class SASRecEncoder(SequenceEncoder):

@@ -1,0 +1,72 @@
+"""How much memory a piece of work takes at its peak."""
+
+import ctypes
+import gc
+import sys
+from typing import Optional
+
+import torch
+
+_MALLOC_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+
+
+class PeakMemory:
+    """Bytes that this process holds on a device above what it held when this was made: `restart` begins to look for the
+    peak, `peak` tells it. On a CPU it is resident memory, which is Linux' to tell; None elsewhere."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        _release()
+        self.before = self._held()
+
+    def restart(self) -> None:
+        _release()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        elif self.before is not None:
+            with open("/proc/self/clear_refs", "w") as file:
+                file.write("5")  # forgets the peak so far (proc(5))
+
+    def peak(self) -> Optional[int]:
+        if self.before is None:
+            return None
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) - self.before
+        return max(_status("VmHWM") - self.before, 0)
+
+    def _held(self) -> Optional[int]:
+        if self.device.type == "cuda":
+            return torch.cuda.memory_allocated(self.device)
+        try:
+            with open("/proc/self/clear_refs", "w"):
+                return _status("VmRSS")
+        except OSError:
+            return None
+
+
+def available(device: torch.device) -> Optional[int]:
+    """Bytes that could still be had; None where nobody tells."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as file:
+            return _kilobytes(file, "MemAvailable")
+    except OSError:
+        return None
+
+
+def _status(field: str) -> int:
+    with open("/proc/self/status") as file:
+        return _kilobytes(file, field)
+
+
+def _kilobytes(lines, field: str) -> int:
+    (line,) = (line for line in lines if line.startswith(field + ":"))
+    return int(line.split()[1]) * 1024
+
+
+def _release() -> None:
+    """Gives back what the allocator keeps for later."""
+    gc.collect()
+    if _MALLOC_TRIM is not None:
+        _MALLOC_TRIM(0)
