@@ -166,7 +166,8 @@ class EvaluationConfig:
     batch_size: int = 128
     """Users whose histories are encoded together."""
     every_epochs: Optional[int] = 1
-    """Evaluate after every so many epochs; null: only at the end."""
+    """Evaluate after every so many epochs; null: only at the end, whose model is then the one that is
+    kept."""
     every_steps: Optional[int] = None
     """Evaluate after every so many steps as well."""
     split: Optional[Literal["validation", "test"]] = None
