@@ -30,7 +30,7 @@ class Slurm:
     def _script(self, *words):
         port = 20000 + os.getpid() % 1000 * 10
         done = subprocess.run(
-            [SCRIPT, *words], env={**os.environ, "SLURM_PORT": str(port)}, stdin=subprocess.DEVNULL, timeout=120,
+            [SCRIPT, *words], env={**os.environ, "SLURM_PORT": str(port)}, stdin=subprocess.DEVNULL, timeout=240,
             stdout=subprocess.DEVNULL, stderr=open(self.folder / "slurm.err", "w+"), check=False,
         )
         said = (self.folder / "slurm.err").read_text().strip()

@@ -54,6 +54,19 @@ def step_of(run):
     return max(lines(run)[0], default=0)
 
 
+def test_a_mistake_is_one_line_and_takes_no_node(slurm, small_dataset):
+    output = ("--output", slurm.folder / "refused", "--", "--data.path", small_dataset, *SMALL)
+    for words, says in (
+        (("-cfg", "partition=gpus", TRAIN, "--config", CONFIG, *NODES, *output), "no such partition; there are main"),
+        ((TRAIN, "--config", CONFIG, *NODES, *output, "--trainer.max_epoch", "3"), "trainer.max_epoch"),
+    ):
+        done = slurm.torchx("run", "-s", "slurm", *words, check=False)
+        said = [line for line in done.stderr.splitlines() if " INFO " not in line]
+        assert done.returncode == 2 and len(said) == 1 and said[0].startswith("error: ") and says in said[0], done
+    assert slurm.run("squeue", "--noheader", "--states", "all") == slurm.run("sacct", "--noheader", "--allusers") == ""
+    assert not (slurm.folder / "refused").exists()
+
+
 def test_two_nodes_train_as_four_processes_of_one_machine_do(slurm, small_dataset, undisturbed):
     run = slurm.folder / "two-nodes"
     handle = submit(slurm, small_dataset, run)
