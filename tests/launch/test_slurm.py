@@ -1,4 +1,4 @@
-"""Jobs on a real Slurm of two nodes: trained alike, healed, cancelled, resumed. `make test PYTEST_ARGS="-m slurm"`."""
+"""Jobs on a real Slurm of two nodes: trained alike, healed, cancelled, resumed. `make slurm`."""
 
 import json
 
@@ -16,6 +16,8 @@ SMALL = (
     *("--table.sharding", "row_wise", "--trainer.device", "cpu", "--trainer.log_every_steps", "1"),
     *("--evaluation.every_epochs", "4", "--trainer.max_epochs", "12", "--trainer.checkpoint_every_steps", "4"),
 )
+# Slower, so that `torchx cancel`, which takes seconds to start, finds the job at work; it changes no loss.
+SLOWLY = ("--trainer.checkpoint_every_steps", "1")
 NODES = ("--nnodes", "2", "--nproc_per_node", "2", "--cpu", "2")
 
 
@@ -35,10 +37,10 @@ def undisturbed(slurm, small_dataset):
     return run
 
 
-def submit(slurm, data, run, *options, schedule=()):
-    """A training job's handle."""
-    words = ("--config", CONFIG, *NODES, "--output", run, *options, "--", "--data.path", data, *SMALL)
-    return slurm.torchx("run", "-s", "slurm", *schedule, TRAIN, *words).split()[-1]
+def submit(slurm, data, run, *options, more=()):
+    """A training job's handle; `more` are keys of the config."""
+    words = ("--config", CONFIG, *NODES, "--output", run, *options, "--", "--data.path", data, *SMALL, *more)
+    return slurm.torchx("run", "-s", "slurm", TRAIN, *words).split()[-1]
 
 
 def lines(run):
@@ -78,7 +80,7 @@ def test_two_nodes_train_as_four_processes_of_one_machine_do(slurm, small_datase
 
 def test_a_job_outlives_its_workers_its_node_and_its_cancellation(slurm, small_dataset, undisturbed):
     run = slurm.folder / "disturbed"
-    handle = submit(slurm, small_dataset, run)
+    handle = submit(slurm, small_dataset, run, more=SLOWLY)
     # kill -9 of a worker: torchrun starts all of them again, in the same job.
     assert until(lambda: step_of(run) >= 6), slurm.said()
     assert slurm.status(handle) == "RUNNING"
