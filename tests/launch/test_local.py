@@ -36,9 +36,12 @@ def until(condition, process, seconds):
 def test_ctrl_c_saves_and_leaves_no_process(tmp_path, small_dataset):
     run = tmp_path / "run"
     words = ["--config", "configs/smoke/fuxi-beta.yaml", "--nproc_per_node", "2", "--output", run, "--"]
-    words += ["--data.path", small_dataset, *SMALL, "--trainer.max_epochs", "100000"]
-    words += ["--trainer.checkpoint_every_steps", "100000", "--evaluation.every_epochs", "100000"]
-    words += ["--trainer.checkpoint_every_epochs", "100000"]
+    # Nothing but the signal saves. TorchX takes no option twice.
+    settings = dict(zip(SMALL[::2], SMALL[1::2]))
+    for name in ("trainer.max_epochs", "trainer.checkpoint_every_steps", "trainer.checkpoint_every_epochs"):
+        settings[f"--{name}"] = 100000
+    settings["--evaluation.every_epochs"] = 100000
+    words += ["--data.path", small_dataset, *(word for pair in settings.items() for word in pair)]
     command = [sys.executable, "-m", "torchx.cli.main", "run", "-s", "local_cwd", "launch/components.py:train", *words]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **dict([MARK.decode().split("=")])}
     with open(tmp_path / "err", "w+") as errors:

@@ -14,10 +14,11 @@ SMALL = (
     *("--data.max_sequence_length", "20", "--data.batch_size", "4", "--data.shuffle_buffer", "20"),
     *("--model.embedding_dim", "8", "--model.value_dim", "8", "--loss.num_negatives", "10"),
     *("--table.sharding", "row_wise", "--trainer.device", "cpu", "--trainer.log_every_steps", "1"),
-    *("--evaluation.every_epochs", "4", "--trainer.max_epochs", "12", "--trainer.checkpoint_every_steps", "4"),
+    *("--evaluation.every_epochs", "4", "--trainer.max_epochs", "12"),
 )
 # Slower, so that `torchx cancel`, which takes seconds to start, finds the job at work; it changes no loss.
 SLOWLY = ("--trainer.checkpoint_every_steps", "1")
+OFTEN = ("--trainer.checkpoint_every_steps", "4")
 NODES = ("--nnodes", "2", "--nproc_per_node", "2", "--cpu", "2")
 
 
@@ -32,12 +33,12 @@ def slurm(tmp_path_factory):
 def undisturbed(slurm, small_dataset):
     """The run of the same config on four processes of this machine."""
     run = slurm.folder / "local"
-    words = ("--config", CONFIG, "--nproc_per_node", "4", "--output", run, "--", "--data.path", small_dataset, *SMALL)
+    words = ("--config", CONFIG, "--nproc_per_node", "4", "--output", run, "--", "--data.path", small_dataset, *SMALL, *OFTEN)
     slurm.torchx("run", "-s", "local_cwd", TRAIN, *words, timeout=120)
     return run
 
 
-def submit(slurm, data, run, *options, more=()):
+def submit(slurm, data, run, *options, more=OFTEN):
     """A training job's handle; `more` are keys of the config."""
     words = ("--config", CONFIG, *NODES, "--output", run, *options, "--", "--data.path", data, *SMALL, *more)
     return slurm.torchx("run", "-s", "slurm", TRAIN, *words).split()[-1]
