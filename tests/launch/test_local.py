@@ -35,7 +35,7 @@ def until(condition, process, seconds):
 
 def test_ctrl_c_saves_and_leaves_no_process(tmp_path, small_dataset):
     run = tmp_path / "run"
-    words = ["--config", "configs/smoke/fuxi-beta.yaml", "--nproc_per_node", "2", "--output", run, "--"]
+    words = ["--config", "configs/smoke/fuxi-beta.yaml", "--nproc_per_node", "1", "--output", run, "--"]
     # Nothing but the signal saves. TorchX takes no option twice.
     settings = dict(zip(SMALL[::2], SMALL[1::2]))
     for name in ("trainer.max_epochs", "trainer.checkpoint_every_steps", "trainer.checkpoint_every_epochs"):
