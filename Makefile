@@ -35,7 +35,7 @@ test: $(INSTALLED)  ## the tests
 	$(BIN)/python -m pytest -q --durations=10 $(PYTEST_ARGS)
 
 slurm: $(INSTALLED)  ## tests on a real Slurm of two nodes, brought up here (needs root and apt, else skipped)
-	timeout --signal=INT --kill-after=60 420 \
+	timeout --signal=INT --kill-after=60 600 \
 		$(BIN)/python -m pytest -q -rs -m slurm --durations=10 tests/launch $(PYTEST_ARGS)
 
 lint: $(INSTALLED)  ## ruff

@@ -89,9 +89,10 @@ class ModelConfig:
 class LossConfig:
     """Sampled softmax."""
 
-    negatives: Literal["per_token", "shared", "in_batch", "mixed"] = "per_token"
+    negatives: Literal["per_token", "shared", "in_batch", "mixed", "full"] = "per_token"
     """per_token: num_negatives drawn for every position (the papers); shared: one pool of num_negatives per step and
-    rank (large catalogues); in_batch: the batch's positives, each once; mixed: a pool and the batch's positives."""
+    rank (large catalogues); in_batch: the batch's positives, each once; mixed: a pool and the batch's positives; full: all
+    items, the exact softmax (small catalogues)."""
     num_negatives: int = 128
     """Drawn with replacement: for every position (per_token), or for the pool (shared, mixed)."""
     sampling_alpha: float = 0.0
@@ -165,7 +166,8 @@ class EvaluationConfig:
     batch_size: int = 128
     """Users whose histories are encoded together."""
     every_epochs: Optional[int] = 1
-    """Evaluate after every so many epochs; null: only at the end."""
+    """Evaluate after every so many epochs; null: only at the end, whose model is then the one that is
+    kept."""
     every_steps: Optional[int] = None
     """Evaluate after every so many steps as well."""
     split: Optional[Literal["validation", "test"]] = None

@@ -94,7 +94,11 @@ def _check_model(config: Config) -> None:
 def _check_loss(loss: LossConfig) -> None:
     per_token, pool = loss.negatives == "per_token", loss.negatives in ("shared", "mixed")
     alone = "every position of per_token has negatives of its own; use shared, in_batch or mixed"
+    full, every = loss.negatives == "full", "every position is set against all items already"
     refused = (
+        ("log_q", full and loss.log_q, f"{every}; nothing is estimated"),
+        ("cross_rank", full and loss.cross_rank, every),
+        ("sampling_alpha", full and loss.sampling_alpha > 0, f"{every}; nothing is drawn"),
         ("cross_rank", per_token and loss.cross_rank, alone),
         ("mask_history", per_token and loss.mask_history, alone),
         ("sampling_alpha", not per_token and not pool and loss.sampling_alpha > 0, "in_batch draws nothing; use mixed"),

@@ -28,7 +28,7 @@ def ids_per_user(config: Config, num_items: int, events: float) -> Tuple[float, 
     """Ids that an average user of a batch looks up: (events, negatives)."""
     events = min(events, config.data.max_sequence_length + 1)
     # In-batch negatives are events; a pool is looked up besides.
-    draws = float(_pool(config))
+    draws = float(_pool(config, num_items))
     if config.loss.negatives == "per_token":
         # Each drawn id is looked up once.
         draws = distinct(config.loss.num_negatives * positions(config, events), num_items)
@@ -51,10 +51,10 @@ def candidates(config: Config, num_items: int, events: float) -> float:
     if config.loss.negatives == "per_token":
         return ids_per_user(config, num_items, events)[1] * config.data.batch_size
     in_batch = 0.0
-    if config.loss.negatives != "shared":
+    if config.loss.negatives in ("in_batch", "mixed"):
         in_batch = distinct(positions(config, events), num_items)
         in_batch = min(in_batch, config.loss.max_in_batch or math.inf)
-    return _pool(config) + in_batch
+    return _pool(config, num_items) + in_batch
 
 
 def candidate_bytes(config: Config, num_items: int, events: float, world_size: int) -> int:
@@ -80,5 +80,7 @@ def candidate_traffic_bytes(config: Config, num_items: int, events: float, world
     return round(2 * (world_size - 1) * candidates(config, num_items, events) * row)
 
 
-def _pool(config: Config) -> int:
-    return 0 if config.loss.negatives == "in_batch" else config.loss.num_negatives + config.loss.uniform_negatives
+def _pool(config: Config, num_items: int) -> int:
+    if config.loss.negatives in ("in_batch", "full"):
+        return num_items if config.loss.negatives == "full" else 0
+    return config.loss.num_negatives + config.loss.uniform_negatives

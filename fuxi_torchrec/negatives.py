@@ -28,8 +28,8 @@ FEW_ITEMS = 4
 class Negatives:
     """A batch's negatives.
 
-    ids_U: int64 ids to look up, each once: those drawn, or all there are (per_token); or the pool itself, in drawing
-        order (shared, mixed); empty for in_batch.
+    ids_U: int64 ids to look up, each once: those drawn, or all there are (per_token, full); or the pool itself, in
+        drawing order (shared, mixed); empty for in_batch.
     index_TK: int32 rows of ids_U, a set for each position; None where all positions share the candidates.
     positive_index_T: int64 row of ids_U that is the position's own positive, −1 where none is; None likewise.
     in_batch_index_N: int64 positions whose positives are the in-batch items, each item once (in_batch, mixed). They
@@ -76,6 +76,8 @@ class NegativeSampler:
     def sample(self, positive_ids_T: np.ndarray, step: int) -> Negatives:
         """Draws for the positions' positives (int64 [T]) at a step."""
         generator = np.random.default_rng([self.seed, self.rank, step])
+        if self.config.negatives == "full":
+            return Negatives(torch.arange(self.num_items))
         if self.config.negatives == "per_token":
             negatives = self._per_token(generator, positive_ids_T)
         else:

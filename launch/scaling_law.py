@@ -22,6 +22,7 @@ FLOOR, ABOVE_FLOOR = "test/cross_entropy_floor", "test/cross_entropy_minus_floor
 SIZE, TOKENS, FLOPS = "non_embedding_parameters", "tokens", "flops"
 NEEDED = ("run", "status", "items", SIZE, "width", TOKENS, FLOPS, LOSS)
 RAW = ("run", "items", "width", SIZE, TOKENS, FLOPS, LOSS, ABOVE_FLOOR, f"{ABOVE_FLOOR}_stderr", NDCG)
+PLACES = ("folder", "handle")  # where the runs were made: no part of a report that others read
 LEAST_VALUES = 3  # distinct N, and distinct D: a term has a coefficient and an exponent beside E
 BEYOND = (1.0, 10**0.5, 10.0)  # of the largest N and D measured
 FRONTIER_POINTS = 5
@@ -227,9 +228,9 @@ def write_report(studies: List[Study], source: str, folder: str) -> str:
         plots = scaling_plots.draw_all(studies, folder)
         text = report(studies, plots, source)
         rows = [row for study in studies for row in study.rows]
-        names = list(dict.fromkeys(name for row in rows for name in row))
+        names = list(dict.fromkeys(name for row in rows for name in row if name not in PLACES))
         with open(os.path.join(folder, "points.csv"), "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, names)
+            writer = csv.DictWriter(file, names, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
         write_aside(os.path.join(folder, "fits.json"), json.dumps(_fits(studies), indent=2) + "\n")

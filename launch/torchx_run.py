@@ -12,6 +12,7 @@ from typing import Any, Dict, Optional
 
 from torchx.cli.cmd_run import CmdRun
 from torchx.runner import config, get_runner
+from torchx.schedulers.local_scheduler import SignalException
 from torchx.specs import InvalidRunConfigException
 
 from fuxi_torchrec.errors import UserError
@@ -25,6 +26,10 @@ class Run(CmdRun):
             if not args.stdin:
                 check(args)
             super().run(args)
+        except SignalException as stopped:
+            # TorchX has passed it on as SIGTERM and waited (ten seconds) when this comes here.
+            print("stopped; a training has saved, and goes on by the same command with --resume True", file=sys.stderr)
+            raise SystemExit(128 + stopped.sigval) from None
         except Exception as error:
             told = _told(error, args.scheduler)
             if told is None:

@@ -39,6 +39,19 @@ def users_batch(lengths, config, step=1, items=V, seed=2, rank=0):
     return collate(rows, Windows(rows.user_ids_U, offsets[:-1], offsets[1:]), sampler, step)
 
 
+def test_full_is_the_exact_softmax_over_all_items():
+    config = Config(loss=LossConfig(negatives="full", temperature=TAU))
+    config.model.embedding_dim = config.model.value_dim = D
+    batch = users_batch([4, 9, 2], config.loss)
+    model = build_model(config, V, 1.0, torch.device("cpu")).eval()
+    outputs_TD = model.tower.encode(model.embeddings(batch.ids)[EVENTS].values(), batch)
+    table_VD = l2_normalize(next(model.embeddings.parameters()))
+    targets_T = batch.ids[EVENTS].values()[batch.input_index_T + 1]
+    wanted = torch.nn.functional.cross_entropy(outputs_TD @ table_VD.t() / TAU, targets_T, reduction="sum")
+    torch.testing.assert_close(model(batch), wanted)
+    assert batch.num_candidates == V
+
+
 # --- drawing
 
 
@@ -108,6 +121,8 @@ def test_frequencies_are_read_only_where_they_are_used(small_dataset):
         ({"negatives": "in_batch", "uniform_negatives": 5}, "uniform_negatives"),
         ({"negatives": "shared", "max_in_batch": 5}, "max_in_batch"),
         ({"negatives": "mixed", "max_in_batch": 0}, "max_in_batch"),
+        ({"negatives": "full", "log_q": True}, "log_q"),
+        ({"negatives": "full", "cross_rank": True}, "cross_rank"),
         ({"sampling_alpha": -1.0}, "sampling_alpha"),
     ],
 )

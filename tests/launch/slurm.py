@@ -30,7 +30,7 @@ class Slurm:
     def _script(self, *words):
         port = 20000 + os.getpid() % 1000 * 10
         done = subprocess.run(
-            [SCRIPT, *words], env={**os.environ, "SLURM_PORT": str(port)}, stdin=subprocess.DEVNULL, timeout=120,
+            [SCRIPT, *words], env={**os.environ, "SLURM_PORT": str(port)}, stdin=subprocess.DEVNULL, timeout=240,
             stdout=subprocess.DEVNULL, stderr=open(self.folder / "slurm.err", "w+"), check=False,
         )
         said = (self.folder / "slurm.err").read_text().strip()
@@ -57,7 +57,7 @@ class Slurm:
         states = [line.split()[1] for line in done.stdout.splitlines() if line.strip().startswith("State:")]
         return states[0] if states else f"no state: {done.stdout}{done.stderr}"
 
-    def wait(self, handle, timeout=120):
+    def wait(self, handle, timeout=180):
         """The state in which a job ended."""
         job, end = handle.rpartition("/")[2], time.monotonic() + timeout
         while self.run("squeue", "--noheader", "--jobs", job, check=False).stdout.strip():
@@ -96,7 +96,7 @@ class Slurm:
         return "\n".join(f"== {file.name}\n{file.read_text()[-3000:]}" for file in sorted(files))
 
 
-def until(condition, timeout=60):
+def until(condition, timeout=120):
     """Waits for condition() to be true; whether it became so."""
     end = time.monotonic() + timeout
     while time.monotonic() < end:

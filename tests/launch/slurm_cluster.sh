@@ -36,7 +36,9 @@ install() {
     software=$(realpath "$software")
     echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror $RELEASE main" >"$software/apt/sources.list"
     : >"$software/apt/status" # as if no package were there: all that they need is fetched
-    local apt=(apt-get -q -o "Dir::Etc::sourcelist=$software/apt/sources.list" -o Dir::Etc::sourceparts=-
+    # Without a network apt would wait for minutes.
+    local apt=(timeout 90 apt-get -q -o Acquire::Retries=1 -o Acquire::http::Timeout=20
+        -o "Dir::Etc::sourcelist=$software/apt/sources.list" -o Dir::Etc::sourceparts=-
         -o "Dir::State::lists=$software/apt/lists" -o "Dir::State::status=$software/apt/status"
         -o "Dir::Cache=$software/apt" -o Dir::Cache::pkgcache= -o Dir::Cache::srcpkgcache= -o APT::Sandbox::User=root
         -o APT::Install-Recommends=false -o Acquire::Languages=none -o Debug::NoLocking=1)

@@ -1,4 +1,4 @@
-"""Jobs on a real Slurm of two nodes: trained alike, healed, cancelled, resumed. `make test PYTEST_ARGS="-m slurm"`."""
+"""Jobs on a real Slurm of two nodes: trained alike, healed, cancelled, resumed. `make slurm`."""
 
 import json
 
@@ -14,8 +14,11 @@ SMALL = (
     *("--data.max_sequence_length", "20", "--data.batch_size", "4", "--data.shuffle_buffer", "20"),
     *("--model.embedding_dim", "8", "--model.value_dim", "8", "--loss.num_negatives", "10"),
     *("--table.sharding", "row_wise", "--trainer.device", "cpu", "--trainer.log_every_steps", "1"),
-    *("--evaluation.every_epochs", "4", "--trainer.max_epochs", "12", "--trainer.checkpoint_every_steps", "4"),
+    *("--evaluation.every_epochs", "4", "--trainer.max_epochs", "12"),
 )
+# Slower, so that `torchx cancel`, which takes seconds to start, finds the job at work; it changes no loss.
+SLOWLY = ("--trainer.checkpoint_every_steps", "1")
+OFTEN = ("--trainer.checkpoint_every_steps", "4")
 NODES = ("--nnodes", "2", "--nproc_per_node", "2", "--cpu", "2")
 
 
@@ -30,15 +33,15 @@ def slurm(tmp_path_factory):
 def undisturbed(slurm, small_dataset):
     """The run of the same config on four processes of this machine."""
     run = slurm.folder / "local"
-    words = ("--config", CONFIG, "--nproc_per_node", "4", "--output", run, "--", "--data.path", small_dataset, *SMALL)
+    words = ("--config", CONFIG, "--nproc_per_node", "4", "--output", run, "--", "--data.path", small_dataset, *SMALL, *OFTEN)
     slurm.torchx("run", "-s", "local_cwd", TRAIN, *words, timeout=120)
     return run
 
 
-def submit(slurm, data, run, *options, schedule=()):
-    """A training job's handle."""
-    words = ("--config", CONFIG, *NODES, "--output", run, *options, "--", "--data.path", data, *SMALL)
-    return slurm.torchx("run", "-s", "slurm", *schedule, TRAIN, *words).split()[-1]
+def submit(slurm, data, run, *options, more=OFTEN):
+    """A training job's handle; `more` are keys of the config."""
+    words = ("--config", CONFIG, *NODES, "--output", run, *options, "--", "--data.path", data, *SMALL, *more)
+    return slurm.torchx("run", "-s", "slurm", TRAIN, *words).split()[-1]
 
 
 def lines(run):
@@ -54,6 +57,19 @@ def step_of(run):
     return max(lines(run)[0], default=0)
 
 
+def test_a_mistake_is_one_line_and_takes_no_node(slurm, small_dataset):
+    output = ("--output", slurm.folder / "refused", "--", "--data.path", small_dataset, *SMALL)
+    for words, says in (
+        (("-cfg", "partition=gpus", TRAIN, "--config", CONFIG, *NODES, *output), "no such partition; there are main"),
+        ((TRAIN, "--config", CONFIG, *NODES, *output, "--trainer.max_epoch", "3"), "trainer.max_epoch"),
+    ):
+        done = slurm.torchx("run", "-s", "slurm", *words, check=False)
+        said = [line for line in done.stderr.splitlines() if " INFO " not in line]
+        assert done.returncode == 2 and len(said) == 1 and said[0].startswith("error: ") and says in said[0], done
+    assert slurm.run("squeue", "--noheader", "--states", "all") == slurm.run("sacct", "--noheader", "--allusers") == ""
+    assert not (slurm.folder / "refused").exists()
+
+
 def test_two_nodes_train_as_four_processes_of_one_machine_do(slurm, small_dataset, undisturbed):
     run = slurm.folder / "two-nodes"
     handle = submit(slurm, small_dataset, run)
@@ -65,7 +81,7 @@ def test_two_nodes_train_as_four_processes_of_one_machine_do(slurm, small_datase
 
 def test_a_job_outlives_its_workers_its_node_and_its_cancellation(slurm, small_dataset, undisturbed):
     run = slurm.folder / "disturbed"
-    handle = submit(slurm, small_dataset, run)
+    handle = submit(slurm, small_dataset, run, more=SLOWLY)
     # kill -9 of a worker: torchrun starts all of them again, in the same job.
     assert until(lambda: step_of(run) >= 6), slurm.said()
     assert slurm.status(handle) == "RUNNING"
