@@ -21,7 +21,7 @@ from fuxi_torchrec.outcome import read_outcome
 from fuxi_torchrec.run_folder import RunFolder, write_aside
 
 CHANNELS = (PositionalChannel, BucketedTemporalChannel, FunctionalTemporalChannel)
-DIGITS = 6
+DIGITS = 9  # what float32 has
 
 Blocks = List[Dict[str, Dict[str, Any]]]
 """For each block {channel's name: {"kind": …, parameter's name: nested list of values}}."""
