@@ -26,7 +26,7 @@ from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.outcome import read_outcome
 from fuxi_torchrec.run_folder import RunFolder, write_aside
 
-DATA_SETS = ("ml-1m", "ml-20m")
+DATA_SETS = {"ml-1m": "ml-1m", "ml-100k": "ml-1m", "ml-20m": "ml-20m"}  # and the folder of its configs
 SPLITS = ("leave_one_out", "leave_two_out")
 CONFIGS = "configs"
 RESULTS = os.path.join("docs", "results")
@@ -57,8 +57,8 @@ class Job:
 
 
 def configs_of(data: str) -> Dict[str, str]:
-    """{model: path of its config}: configs/DATA's published runs, large ones as MODEL-large, and the ablations."""
-    folder, found = os.path.join(CONFIGS, data), {}
+    """{model: path of its config}: a data set's published runs, large ones as MODEL-large, and the ablations."""
+    folder, found = os.path.join(CONFIGS, DATA_SETS[data]), {}
     for name in sorted(os.listdir(folder)):
         published = PUBLISHED.fullmatch(name)
         if published:
@@ -192,7 +192,7 @@ def _floor(options: argparse.Namespace, folder: str) -> Dict[str, Any]:
 
 def main(arguments: Optional[List[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", choices=DATA_SETS)
+    parser.add_argument("data", choices=list(DATA_SETS))
     parser.add_argument("--models", nargs="+", help="names of configs; default: all")
     parser.add_argument("--epochs", type=int, help="default: the config's")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: 0, and 1 for fuxi-beta")
