@@ -70,8 +70,8 @@ def page(
         "NDCG@10.",
     ]
     tested = [record for record in records if record.split == "leave_one_out"]
-    ends = sorted({record.max_epochs for record in tested if record.finished}) or [0]
-    for epochs in reversed(ends):
+    ends = {record.max_epochs for record in tested if record.finished} or {min(r.epochs for r in tested)} if tested else {}
+    for epochs in sorted(ends, reverse=True):
         parts += _at_epochs(data, tested, floor, steps, epochs)
     validated = [record for record in records if record.split == "leave_two_out" and record.finished]
     if validated:
