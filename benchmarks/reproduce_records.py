@@ -7,6 +7,7 @@ The page and the plots are made from these alone, so they can be made again wher
 import glob
 import json
 import os
+import sys
 from dataclasses import asdict, dataclass, field
 from typing import Any, Dict, List, Optional
 
@@ -30,7 +31,7 @@ Blocks = List[Dict[str, Dict[str, Any]]]
 @dataclass
 class Record:
     """One run. parameters: all that are trained; encoder_parameters: those of the tower's blocks. blocks: of the best
-    checkpoint; None where the run has not finished. lines: of metrics.jsonl, in a file of their own."""
+    checkpoint; None where it could not be read. lines: of metrics.jsonl, in a file of their own."""
 
     model: str
     seed: int
@@ -97,9 +98,8 @@ def record_of(path: str, model: str, known: Optional[Record] = None) -> Optional
     record = _described(model, config, identity, finished, lines)
     if not record.epochs:
         return None
-    if finished:
-        is_same = known is not None and known.finished and known.lines == lines
-        record.blocks = known.blocks if is_same else _learned(run, config)
+    is_same = known is not None and known.blocks is not None and known.lines == lines
+    record.blocks = known.blocks if is_same else _learned(run, config)
     return record
 
 
@@ -129,11 +129,15 @@ def _described(
     )
 
 
-def _learned(run: RunFolder, config: Config) -> Blocks:
+def _learned(run: RunFolder, config: Config) -> Optional[Blocks]:
     from fuxi_torchrec.saved import open_model
 
-    with open_model(run, config, "best") as saved:
-        return channel_weights(saved.model.module.tower.encoder)
+    try:
+        with open_model(run, config, "best") as saved:
+            return channel_weights(saved.model.module.tower.encoder)
+    except UserError as error:  # a run in progress may just replace its checkpoint
+        print(f"{run.path}: no weights read ({error})", file=sys.stderr)
+        return None
 
 
 def channel_weights(encoder: torch.nn.Module) -> Blocks:
