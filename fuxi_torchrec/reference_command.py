@@ -7,7 +7,6 @@ from typing import Any, Dict, List, Mapping, Optional
 
 from fuxi_torchrec.config import Config
 from fuxi_torchrec.config_io import OneLineParser, add_config_arguments, parse_config
-from fuxi_torchrec.data_format import read_identity
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.saved_options import add_model_options, saved_model
 from fuxi_torchrec.versions import check_environment
@@ -41,6 +40,8 @@ def import_reference(arguments: List[str]) -> int:
     for name, value in (("--output", options.output), ("--data.path", config.data.path)):
         if not value:
             raise UserError(f"import-reference: give {name}, the {'run folder' if name == '--output' else 'data set'}")
+    from fuxi_torchrec.data_format import read_identity
+
     if "://" not in config.data.path:
         config.data.path = os.path.abspath(config.data.path)
     read_identity(config.data.path)

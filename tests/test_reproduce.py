@@ -9,8 +9,8 @@ import pytest
 import torch
 import yaml
 
-from benchmarks import reproduce
-from benchmarks.reproduce_page import page
+from benchmarks import model_step_time, reproduce
+from benchmarks.reproduce_page import page, read_steps
 from benchmarks.reproduce_plots import time_map
 from benchmarks.reproduce_records import Record, channel_weights, read_records
 from fuxi_torchrec.config import ModelConfig
@@ -81,6 +81,18 @@ def test_one_command_runs_the_table_goes_on_with_it_and_rebuilds_its_page(here, 
     one, two = read_records(str(results / "ml-1m"))
     assert (one.model, one.blocks[0]["temporal"]["kind"]) == ("fuxi-beta", "pow")
     assert (two.model, two.blocks[0]["temporal"]["kind"]) == ("fuxi-beta-exp", "exp")
+
+
+def test_step_times_are_of_real_training_steps_and_become_the_pages_ratios(here, small_dataset, monkeypatch, capsys):
+    models = reproduce.configs_of("ml-1m")
+    words = ["model_step_time", small_dataset, *models.values(), "--steps", "3", "--output", "steps.json"]
+    monkeypatch.setattr("sys.argv", words)
+    model_step_time.main()
+    seconds = json.loads((here / "steps.json").read_text())["seconds"]
+    assert all(len(values) == 3 and min(values) > 0 for values in seconds.values())
+    medians = read_steps("steps.json", models)
+    assert set(medians) == {"fuxi-beta", "fuxi-beta-exp"} and read_steps("nowhere.json", models) == {}
+    assert medians["fuxi-beta"] == sorted(seconds[models["fuxi-beta"]])[1]
 
 
 @pytest.mark.parametrize(
