@@ -96,7 +96,7 @@ def time_map(channel: Dict[str, Any], seconds: np.ndarray) -> np.ndarray:
         return np.zeros_like(seconds)
     # By way of float32, of which the record has all digits: sines of long gaps need them.
     weights = [torch.tensor(value, dtype=torch.float32).double() for name, value in channel.items() if name != "kind"]
-    feature = gap_feature(torch.from_numpy(seconds), 1.0, TIME_MAPS[kind].feature, torch.float64)
+    feature = gap_feature(torch.tensor(seconds), 1.0, TIME_MAPS[kind].feature, torch.float64)
     return TIME_MAPS[kind].evaluate(feature, *weights).numpy()
 
 

@@ -149,8 +149,11 @@ def test_a_recorded_time_function_is_the_encoders_own(form):
     """The value 1 of a single event comes out as f of the gap to what follows."""
     encoder = build_encoder(ModelConfig(bias_function=form, num_blocks=1, channels=["temporal"]), padded_length=4).double()
     recorded = json.loads(json.dumps(channel_weights(encoder)))[0]["temporal"]
-    for gap in (1, 60, 86_400, 10_000_000):
+    gaps_G = np.array([1.0, 60, 86_400, 10_000_000])
+    expected_G = time_map(recorded, gaps_G)
+    for gap, expected in zip((1, 60, 86_400, 10_000_000), expected_G):
         past, future = torch.tensor([10**9]), torch.tensor([10**9 + gap])
         context = encoder.batch_context(past, future, JaggedLayout.from_lengths([1]))
         mixed = encoder.blocks[0].mix_channels(torch.ones(1, 1, 1, dtype=torch.float64), context)
-        assert mixed.item() == pytest.approx(time_map(recorded, np.array([float(gap)]))[0], rel=1e-3, abs=1e-4)
+        assert mixed.item() == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    assert gaps_G.tolist() == [1.0, 60, 86_400, 10_000_000]  # its caller's own, which it must leave alone
