@@ -79,6 +79,8 @@ def page(
     validated = [record for record in records if record.split == "leave_two_out" and record.finished]
     if validated:
         parts += _validated(validated, floor)
+    if "fuxi-beta" in steps:
+        parts += _step_times(steps)
     cut_off = [record for record in records if not record.finished]
     if cut_off:
         names = ", ".join(f"{record.name} ({record.epochs} of {record.max_epochs} epochs)" for record in cut_off)
@@ -87,6 +89,18 @@ def page(
     for what, name in plots.items():
         parts += [f"## {what}", f"![{what}]({data}/{name})"]
     return "\n\n".join(parts) + "\n"
+
+
+def _step_times(steps: Dict[str, float]) -> List[str]:
+    rows = [["run", "seconds a step", "over FuXi-β's"], ["---"] * 3]
+    for model, seconds in sorted(steps.items(), key=lambda pair: pair[1]):
+        rows.append([title(model), f"{seconds:.3f}", f"{seconds / steps['fuxi-beta']:.2f}"])
+    return [
+        "## Training steps",
+        "Median seconds of a whole training step, all models in turns in one process (benchmarks/model_step_time.py). They are "
+        "there for models that have no row above, too.",
+        "\n".join("| " + " | ".join(row) + " |" for row in rows),
+    ]
 
 
 def _beside_research(records: List[Record]) -> List[str]:

@@ -136,6 +136,7 @@ def test_the_page_compares_only_equal_epochs_and_says_how_the_best_was_chosen():
     rows = [line for line in text[two:].splitlines() if line.startswith("| ")]
     assert rows[2].startswith("| FuXi-β | 0.4000 (0.3000, 0.5000) |") and "| 2, 2 |" in rows[2]
     assert rows[3].startswith("| HSTU | 0.2000 |") and rows[3].endswith("| 1.50 |") and "| 0.1720 |" in rows[3]
+    assert "| HSTU | 3.000 | 1.50 |" in text
     assert rows[4].startswith("| *popularity* | 0.1500 |") and rows[5].startswith("| SASRec | 0.1000 |")
     assert "| HSTU |" not in text[four:two] and "0.4500 (0.4000, 0.5000)" in text[four:two]
     assert "was best *on test*" in text and "**The last epoch** (4)" in text
