@@ -190,7 +190,7 @@ def _floor(options: argparse.Namespace, folder: str) -> Dict[str, Any]:
     return floor
 
 
-def main(arguments: Optional[List[str]] = None) -> int:
+def parse(arguments: Optional[List[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", choices=list(DATA_SETS))
     parser.add_argument("--models", nargs="+", help="names of configs; default: all")
@@ -202,7 +202,12 @@ def main(arguments: Optional[List[str]] = None) -> int:
     parser.add_argument("--runs", default=os.path.join("runs", "reproduce"), help="where the run folders are")
     parser.add_argument("--results", default=RESULTS, help="where page, plots and records go")
     parser.add_argument("--page-only", action="store_true", help="run nothing: make the page from what there is")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Optional[List[str]] = None) -> int:
+    """Exit codes: 0 every run finished, 1 some failed, 2 a mistake (one line)."""
+    options = parse(arguments)
     try:
         finished = options.page_only or run_all(plan(options), options.jobs)
         print(f"written to {write_page(options)}")
