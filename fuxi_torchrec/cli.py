@@ -16,6 +16,8 @@ COMMANDS = {
     "bench": "time training steps by stage, encoder and length",
     "evaluate": "rank a split's targets with a run's saved model",
     "recommend": "top-k items for users, or for a history given by hand",
+    "import-reference": "a checkpoint of the authors' research code -> a run folder",
+    "export-reference": "a run's saved model -> a checkpoint that the research code can load",
 }
 # Errors of the place that is written to: the user's to mend, wherever they surface.
 BEYOND_OUR_CONTROL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -39,6 +41,8 @@ def main(arguments: Optional[List[str]] = None) -> int:
         "bench": _bench,
         "evaluate": _evaluate,
         "recommend": _recommend,
+        "import-reference": _import_reference,
+        "export-reference": _export_reference,
     }
     try:
         if command not in handlers:
@@ -72,7 +76,7 @@ def _complain(message: str, told: bool = False) -> int:
 
 
 def _overview() -> str:
-    lines = [f"  {name:<10} {what}" for name, what in COMMANDS.items()]
+    lines = [f"  {name:<16} {what}" for name, what in COMMANDS.items()]
     return "\n".join(
         ["usage: fuxi-torchrec COMMAND …", "", "FuXi-β generative recommenders on sharded embedding tables.", ""]
         + [*lines, "", "fuxi-torchrec COMMAND --help tells a command's options."]
@@ -125,7 +129,9 @@ def _run_training(config: Any, output: str, resume: bool, profile: bool) -> int:
     if "://" not in config.data.path:
         config.data.path = os.path.abspath(config.data.path)
     read_identity(config.data.path)  # before the seconds that importing torch takes
-    _check_environment(config.trainer.device)
+    from fuxi_torchrec.versions import check_environment
+
+    check_environment(config.trainer.device)
     from fuxi_torchrec.compiling import check_compiler
     from fuxi_torchrec.dataset import SequenceDataset, check_enough_data, check_splits
     from fuxi_torchrec.faults import Interrupted, check_same_start, fail_together
@@ -182,16 +188,29 @@ def _bench(arguments: List[str]) -> int:
     return bench(arguments)
 
 
+def _import_reference(arguments: List[str]) -> int:
+    from fuxi_torchrec.reference_command import import_reference
+
+    return import_reference(arguments)
+
+
+def _export_reference(arguments: List[str]) -> int:
+    from fuxi_torchrec.reference_command import export_reference
+
+    return export_reference(arguments)
+
+
 def _evaluate(arguments: List[str]) -> int:
     from fuxi_torchrec.config_io import OneLineParser
+    from fuxi_torchrec.saved_options import add_model_options, saved_model
 
     parser = OneLineParser(prog="fuxi-torchrec evaluate", description="Ranks every user's target by a saved model.")
     parser.add_argument("run", type=str, help="Run folder.")
     parser.add_argument("--split", type=str, default="test", help="test, or validation where the run's split has one.")
-    _add_model_options(parser)
+    add_model_options(parser)
     parser.add_argument("--output", type=str, default=None, help="Also write the metrics to this JSON file.")
     options = parser.parse_args(arguments)
-    with _saved_model(options) as saved:
+    with saved_model(options) as saved:
         from fuxi_torchrec.config import evaluation_splits
         from fuxi_torchrec.evaluation import evaluate, popularity
 
@@ -220,6 +239,7 @@ def _evaluate(arguments: List[str]) -> int:
 
 def _recommend(arguments: List[str]) -> int:
     from fuxi_torchrec.config_io import OneLineParser
+    from fuxi_torchrec.saved_options import add_model_options, saved_model
 
     parser = OneLineParser(prog="fuxi-torchrec recommend", description="Top-k items, seen ones left out.")
     parser.add_argument("run", type=str, help="Run folder.")
@@ -228,14 +248,14 @@ def _recommend(arguments: List[str]) -> int:
     parser.add_argument("--k", type=int, default=10, help="Items a user.")
     parser.add_argument("--at", type=str, default=None, help="Request time in ticks; default: the data set's newest.")
     parser.add_argument("--include-seen", action="store_true", help="Recommend items of the history too.")
-    _add_model_options(parser)
+    add_model_options(parser)
     parser.add_argument("--output", type=str, default=None, help="Write to this Parquet file instead of printing.")
     options = parser.parse_args(arguments)
     if (options.users is None) == (options.history is None):
         raise UserError("recommend: give either --users or --history")
     if options.k < 1:
         raise UserError(f"--k: {options.k} must be at least 1")
-    with _saved_model(options) as saved:
+    with saved_model(options) as saved:
         from fuxi_torchrec import recommend as rec
 
         requested = None if options.at is None else rec.to_int64(options.at, "--at")
@@ -267,34 +287,6 @@ def _recommend(arguments: List[str]) -> int:
 
         print_recommendations(table)
     return 0
-
-
-def _add_model_options(parser: Any) -> None:
-    parser.add_argument("--checkpoint", type=str, default="best", help="best, last, or a folder under checkpoints/.")
-    parser.add_argument("--data.path", type=str, default=None, help="The data set, if it has moved since training.")
-    parser.add_argument("--device", type=str, default=None, help="auto, cpu or cuda; default: as trained.")
-
-
-def _saved_model(options: Any) -> Any:
-    """A run's model, loaded; a context manager."""
-    from fuxi_torchrec.run_folder import RunFolder
-
-    run = RunFolder.open(options.run)
-    path = options.data.path
-    overrides = [] if path is None else ["--data.path", path if "://" in path else os.path.abspath(path)]
-    if options.device is not None:
-        overrides += ["--trainer.device", options.device]
-    config = run.config(overrides)
-    _check_environment(config.trainer.device)
-    from fuxi_torchrec.saved import open_model
-
-    return open_model(run, config, options.checkpoint)
-
-
-def _check_environment(device: str) -> None:
-    from fuxi_torchrec.versions import check_environment
-
-    check_environment(device)
 
 
 def _write(path: str, write: Callable[[], None]) -> None:

@@ -62,7 +62,8 @@ class ModelConfig:
     qk_dim: int = 50
     """d_qk, per head (FuXi's semantic channel, HSTU)."""
     ffn_multiply: float = 1.0
-    """Width of the feed-forward layer over embedding_dim (FuXi, SASRec)."""
+    """Width of the feed-forward layer over embedding_dim (FuXi, SASRec); 0 leaves FuXi's with its first stage alone, the
+    output projection."""
     channels: Optional[List[ChannelName]] = None
     """FuXi's token-mixing channels; null takes the preset of the encoder's name."""
     bias_function: BiasFunction = "pow"

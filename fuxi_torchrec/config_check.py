@@ -6,7 +6,7 @@ No torch here, as in config.
 import dataclasses
 from typing import Optional, get_args
 
-from fuxi_torchrec.config import METRICS, Config, LossConfig, evaluation_splits
+from fuxi_torchrec.config import CHANNEL_PRESETS, METRICS, Config, LossConfig, evaluation_splits
 from fuxi_torchrec.errors import UserError
 
 
@@ -19,7 +19,7 @@ def check(config: Config) -> None:
     for key in ("input_dropout", "dropout", "attention_dropout"):
         if not 0 <= getattr(config.model, key) < 1:
             raise UserError(f"model.{key}: {getattr(config.model, key)} is not in [0, 1)")
-    positive = ("loss.temperature", "loss.l2_eps", "optimizer.learning_rate", "model.ffn_multiply")
+    positive = ("loss.temperature", "loss.l2_eps", "optimizer.learning_rate")
     for key in (*positive, "trainer.timeout_minutes", "trainer.peak_tflops"):
         section, name = key.split(".")
         value = getattr(getattr(config, section), name)
@@ -80,10 +80,11 @@ def _check_model(config: Config) -> None:
             f"model.num_heads: {model.num_heads} heads do not divide model.embedding_dim {model.embedding_dim}, "
             "which SASRec's attention needs"
         )
-    if int(model.embedding_dim * model.ffn_multiply) < 1:
+    is_single_stage = model.ffn_multiply == 0 and model.encoder in CHANNEL_PRESETS
+    if not model.embedding_dim * model.ffn_multiply >= 1 and not is_single_stage:
         raise UserError(f"model.ffn_multiply: {model.ffn_multiply} leaves the feed-forward layer without a unit")
     if model.channels is not None:
-        if model.encoder not in ("fuxi_beta", "fuxi_alpha"):
+        if model.encoder not in CHANNEL_PRESETS:
             raise UserError(f"model.channels: only the FuXi encoders have channels, not '{model.encoder}'; set null")
         if not model.channels or len(set(model.channels)) < len(model.channels):
             raise UserError(f"model.channels: {model.channels} must name at least one channel, each once")

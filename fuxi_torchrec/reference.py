@@ -85,15 +85,18 @@ def _entries(encoder: SequenceEncoder, item_table_VD: Tensor) -> List[_Entry]:
 
 def _fuxi_entries(block: FuXiBlock, index: int) -> List[_Entry]:
     prefix = f"_fuxi._attention_layers.{index}."
-    hidden, D = block.ffn_out_weight.shape[1], block.ffn_out_weight.shape[0]
+    hidden, D = block.ffn_width, len(block.output_bias)
     entries = [
         _direct(prefix + "_uvqk", block.input_weight),
         _direct(prefix + "_mffn.lin0.weight", block.output_weight),
         _direct(prefix + "_mffn.lin0.bias", block.output_bias),
-        _Entry(prefix + "_mffn.lin1.weight", (hidden, D), block.ffn_in_weight, ours=lambda w: w[:hidden]),
-        _direct(prefix + "_mffn.lin2.weight", block.ffn_out_weight),
-        _Entry(prefix + "_mffn.lin3.weight", (hidden, D), block.ffn_in_weight, ours=lambda w: w[hidden:]),
     ]
+    if hidden:
+        entries += [
+            _Entry(prefix + "_mffn.lin1.weight", (hidden, D), block.ffn_in_weight, ours=lambda w: w[:hidden]),
+            _direct(prefix + "_mffn.lin2.weight", block.ffn_out_weight),
+            _Entry(prefix + "_mffn.lin3.weight", (hidden, D), block.ffn_in_weight, ours=lambda w: w[hidden:]),
+        ]
     bias = prefix + "_rel_attn_bias."
     for name, mixer in block.mixers.items():
         if name == "positional":

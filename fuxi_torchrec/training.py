@@ -160,7 +160,7 @@ class Trainer:
                 if self._patience_is_out():
                     return
             elif self._save_is_due():
-                self._save(is_best=False)
+                self.save(is_best=False)
                 self.record.start()
         if not self.record.is_empty:
             self._log()
@@ -179,7 +179,7 @@ class Trainer:
         if (every and (epoch + 1) % every == 0 and not already) or (last and not already):
             self._evaluate_and_save(must_save=due)
         elif due:
-            self._save(is_best=False)
+            self.save(is_best=False)
 
     def _in_step(self, batches: Iterator[SequenceBatch]) -> Iterator[SequenceBatch]:
         """An epoch's batches, then, among several ranks, empty ones without end: a rank without data left keeps step with
@@ -254,7 +254,7 @@ class Trainer:
         if is_best:
             self.best_value = value
         if is_best or must_save:
-            self._save(is_best)
+            self.save(is_best)
 
     def _evaluate(self, split: str, **extra: Any) -> Dict[str, float]:
         started = time.perf_counter()
@@ -280,7 +280,7 @@ class Trainer:
 
     def _stop(self, evaluation_due: bool) -> NoReturn:
         """Saves and leaves, on all ranks, after a signal to any of them."""
-        self._save(is_best=False, evaluation_due=evaluation_due)
+        self.save(is_best=False, evaluation_due=evaluation_due)
         self.checkpoints.wait()
         raise Interrupted(self._signal())
 
@@ -292,7 +292,8 @@ class Trainer:
         self.record.read(self.position.step)
         self.record.lap()
 
-    def _save(self, is_best: bool, evaluation_due: bool = False) -> None:
+    def save(self, is_best: bool, evaluation_due: bool = False) -> None:
+        """Saves everything as it stands, on all ranks; see Checkpoints.save. Raises UserError for a broken model."""
         self._settle()
         check_parameters(self.model, self.world, self.position.step)
         positions = self.world.gathered(self.position.to_dict())

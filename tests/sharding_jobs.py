@@ -209,7 +209,7 @@ def held_and_saved(world, config, output):
     run = RunFolder.create(output, config, dataset.identity, False) if world.is_main else RunFolder(output)
     trainer = Trainer(config, dataset, run, world)
     trainer._step(trainer.pipeline.take(trainer.stream.epoch(trainer.position)), False)
-    trainer._save(is_best=False)
+    trainer.save(is_best=False)
     trainer.progression.close()
     state = trainer.optimizer.state_dict()["state"].get("embeddings.embeddings.item.weight", {})
     state_bytes = sum(part.nbytes for value in state.values() for part in held(value) if part.dim())  # not the step count

@@ -107,7 +107,10 @@ def test_two_processes_train_one_model(finished, tmp_path):
     assert abs(one["mrr"] - lines[-1]["mrr"]) < 0.005 * lines[-1]["mrr"] + 1e-9
 
 
-@pytest.mark.parametrize("command", [[], ["prepare"], ["prepare", "events"], ["train"], ["bench"], ["evaluate"], ["recommend"]])
+NEVER_SLOW = ["train", "bench", "evaluate", "recommend", "import-reference", "export-reference"]
+
+
+@pytest.mark.parametrize("command", [[], ["prepare"], ["prepare", "events"], *([name] for name in NEVER_SLOW)])
 def test_help_answers_at_once_without_torch(command):
     code = f"import sys; from fuxi_torchrec.cli import main\ntry: main({[*command, '--help']!r})\nexcept SystemExit: pass"
     code += "\nassert not {'torch', 'pyarrow', 'duckdb'} & set(sys.modules), 'slow imports'"

@@ -2,10 +2,14 @@
 
 import glob
 import os
+from dataclasses import replace
+from typing import get_args
 
 import pytest
 
+from fuxi_torchrec.config import BiasFunction
 from fuxi_torchrec.config_io import load_config, to_yaml
+from fuxi_torchrec.encoders import build_encoder
 
 CONFIGS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs")
 RUNS = glob.glob(os.path.join(CONFIGS, "**", "*.yaml"), recursive=True)
@@ -44,3 +48,27 @@ def test_sizes_are_those_of_the_papers(name, data, large, width, blocks, heads, 
     assert (config.loss.negatives, config.loss.num_negatives, config.loss.temperature) == ("per_token", 128, 0.05)
     assert (config.data.split, config.data.max_sequence_length, config.padded_length) == ("leave_one_out", 200, 211)
     assert config.trainer.max_epochs == 101
+
+
+ABLATIONS = os.path.join(CONFIGS, "ml-1m", "ablations")
+CHANGES = {
+    "fuxi-beta-semantic": dict(channels=["positional", "temporal", "semantic"]),
+    "fuxi-beta-no-temporal": dict(channels=["positional"]),
+    "fuxi-beta-no-positional": dict(channels=["temporal"]),
+    "fuxi-beta-single-stage": dict(ffn_multiply=0),
+    **{f"fuxi-beta-{form}": dict(bias_function=form) for form in get_args(BiasFunction)},
+    "fuxi-alpha-functional": dict(encoder="fuxi_alpha", channels=["positional", "temporal", "semantic"]),
+}
+
+
+def test_there_is_an_ablation_for_every_change():
+    assert {os.path.splitext(name)[0] for name in os.listdir(ABLATIONS)} == set(CHANGES)
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_an_ablation_is_the_base_run_but_for_what_its_name_says(name):
+    """Everything else the same, so that a difference in results is the change's; and the tower can be built."""
+    base = load_config(os.path.join(CONFIGS, "ml-1m", "fuxi-beta-sampled-softmax-n128-final.yaml"))
+    ablation = load_config(os.path.join(ABLATIONS, f"{name}.yaml"))
+    assert ablation == replace(base, model=replace(base.model, **CHANGES[name]))
+    build_encoder(ablation.model, padded_length=ablation.padded_length)

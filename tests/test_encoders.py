@@ -85,6 +85,8 @@ def fuxi_block(block, channels, h, x, padded_length):
                 A = silu(queries[:, columns] @ keys[:, columns].T) / padded_length
             parts.append((A * causal) @ v[:, head * d : (head + 1) * d])
     h = (u * rms(torch.cat(parts, 1))) @ block.output_weight.T + block.output_bias + h
+    if not block.ffn_width:
+        return h
     g = rms(h)
     w1, w3 = block.ffn_in_weight.chunk(2)
     return (silu(g @ w1.T) * (g @ w3.T)) @ block.ffn_out_weight.T + h
@@ -240,6 +242,11 @@ def test_every_choice_of_channels_is_one_block(channels):
     compare(config(encoder="fuxi_beta", channels=channels, num_heads=3, value_dim=2))
 
 
+@pytest.mark.parametrize("encoder", ["fuxi_beta", "fuxi_alpha"])
+def test_fuxi_without_the_second_stage_of_its_feed_forward_layer(encoder):
+    compare(config(encoder=encoder, ffn_multiply=0))
+
+
 TOWERS = list(ENCODERS)
 
 
@@ -335,6 +342,7 @@ def test_a_sequence_longer_than_the_table_is_refused():
         (dict(num_blocks=0), "num_blocks"),
         (dict(dropout=1.0), "dropout"),
         (dict(ffn_multiply=0.01), "ffn_multiply"),
+        (dict(ffn_multiply=0.0, encoder="sasrec"), "ffn_multiply"),
     ],
 )
 def test_sizes_that_do_not_fit_are_named(changes, key):

@@ -2,7 +2,7 @@
 
 from typing import Callable, Dict
 
-from fuxi_torchrec.config import ModelConfig
+from fuxi_torchrec.config import CHANNEL_PRESETS, ModelConfig
 from fuxi_torchrec.encoders.base import SequenceEncoder
 from fuxi_torchrec.encoders.flash import FLASHEncoder
 from fuxi_torchrec.encoders.fuxi import build_fuxi_alpha
@@ -47,7 +47,8 @@ def build_encoder(config: ModelConfig, *, padded_length: int, time_unit: float =
     for key in ("input_dropout", "dropout", "attention_dropout"):
         if not 0 <= getattr(config, key) < 1:
             raise UserError(f"model.{key}: {getattr(config, key)} must be at least 0 and below 1")
-    if int(config.embedding_dim * config.ffn_multiply) < 1:
+    is_single_stage = config.ffn_multiply == 0 and config.encoder in CHANNEL_PRESETS
+    if int(config.embedding_dim * config.ffn_multiply) < 1 and not is_single_stage:
         raise UserError(f"model.ffn_multiply: {config.ffn_multiply} leaves no feed-forward layer")
     if padded_length < 1 or time_unit <= 0:
         raise UserError(f"padded length {padded_length} and time unit {time_unit} must be positive")

@@ -34,7 +34,7 @@ def ordered_channels(names: Sequence[str]) -> Tuple[str, ...]:
 
 
 class FuXiBlock(MixingBlock):
-    """Token mixing per channel, gated; then the two-stage feed-forward layer.
+    """Token mixing per channel, gated; then the two-stage feed-forward layer, or its first stage alone (F = 0).
 
     Parameters: input_weight = W_in, output_weight/bias = W_0 and b_0 (transposed), ffn_in_weight = W_1 above W_3
     (transposed), ffn_out_weight = W_2 (transposed).
@@ -49,20 +49,22 @@ class FuXiBlock(MixingBlock):
         self.has_semantic = "semantic" in channels
         self.mixed_width = len(channels) * H * d
         width = self.mixed_width + H * d + (2 * H * q if self.has_semantic else 0)
-        hidden = int(D * config.ffn_multiply)
+        self.ffn_width = int(D * config.ffn_multiply)
         self.input_weight = nn.Parameter(torch.empty(D, width))
         self.output_weight = nn.Parameter(torch.empty(D, self.mixed_width))
         self.output_bias = nn.Parameter(torch.empty(D))
-        self.ffn_in_weight = nn.Parameter(torch.empty(2 * hidden, D))
-        self.ffn_out_weight = nn.Parameter(torch.empty(D, hidden))
+        if self.ffn_width:
+            self.ffn_in_weight = nn.Parameter(torch.empty(2 * self.ffn_width, D))
+            self.ffn_out_weight = nn.Parameter(torch.empty(D, self.ffn_width))
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.input_weight, std=0.02)
         nn.init.xavier_uniform_(self.output_weight)
         reset_linear_bias(self.output_bias, self.mixed_width)
-        for half in self.ffn_in_weight.data.chunk(2):
-            nn.init.xavier_uniform_(half)
-        nn.init.xavier_uniform_(self.ffn_out_weight)
+        if self.ffn_width:
+            for half in self.ffn_in_weight.data.chunk(2):
+                nn.init.xavier_uniform_(half)
+            nn.init.xavier_uniform_(self.ffn_out_weight)
         self.reset_mixers()
 
     def forward(self, x_TD: Tensor, context: MixingContext) -> Tensor:
@@ -79,6 +81,8 @@ class FuXiBlock(MixingBlock):
         """The block's output from its input, the gates and what the channels mixed, [T, C * H * d] each."""
         mixed = gated_rms_norm(u, y, self.dropout, self.training)
         h_TD = F.linear(mixed, self.output_weight, self.output_bias) + x_TD
+        if not self.ffn_width:
+            return h_TD
         g_TD = rms_norm(h_TD, self.dropout, self.training)
         return F.linear(swiglu(F.linear(g_TD, self.ffn_in_weight)), self.ffn_out_weight) + h_TD
 
