@@ -173,7 +173,7 @@ class Trainer:
         last = self._finished()
         every = self.config.evaluation.every_epochs
         if last and not already and self.best_value is None and every is None and self.config.evaluation.every_steps is None:
-            self._save(is_best=True)  # nothing to choose from; the final evaluation is of this model
+            self.save(is_best=True)  # nothing to choose from; the final evaluation is of this model
             return
         due = (epoch + 1) % self.config.trainer.checkpoint_every_epochs == 0 or last
         if (every and (epoch + 1) % every == 0 and not already) or (last and not already):
