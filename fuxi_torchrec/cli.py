@@ -27,6 +27,9 @@ def main(arguments: Optional[List[str]] = None) -> int:
     """Runs a command. Exit codes: 0 done, 1 another process was lost, 2 the user's mistake (one line, no traceback),
     128 + n stopped by signal n."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    # Before torch is imported: its C++ side would warn on every rank of what is as it should be (a search for unused
+    # parameters that found none). Set it to WARNING to see all.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview())
         return 0 if arguments else 2
