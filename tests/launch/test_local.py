@@ -47,7 +47,7 @@ def test_ctrl_c_saves_and_leaves_no_process(tmp_path, small_dataset):
     with open(tmp_path / "err", "w+") as errors:
         # A terminal's Ctrl-C reaches the whole group in its foreground.
         process = subprocess.Popen(
-            list(map(str, command)), cwd=ROOT, env=environment, start_new_session=True, stdout=errors, stderr=errors
+            list(map(str, command)), cwd=ROOT, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=errors
         )
         try:
             metrics = run / "metrics.jsonl"
