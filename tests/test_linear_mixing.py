@@ -91,6 +91,20 @@ def test_short_users_beside_long_ones_are_mixed_in_c_where_that_can_be_had(names
     assert ({"mix_forward", "mix_backward"} <= set(in_c)) == (kernels == "native")
 
 
+@pytest.mark.parametrize("names", [("positional", "pow", "bucketed"), ("bucketed", "pow", "log")], ids="-".join)
+def test_what_is_prepared_once_is_what_every_block_takes(names, monkeypatch):
+    """Channels that are mixed apart, in C and not, beside each other."""
+    monkeypatch.setattr(token_mixing, "LINEAR_FROM", 100)
+    layout = JaggedLayout.from_lengths(JAGGED)
+    channels = [(name, parameters(name, layout.max_length)) for name in names]
+    gaps = TimeGaps(*times(JAGGED), layout)
+    prepare(layout, channels, gaps, "linear")
+    prepared, taken, mix_op = set(map(id, gaps.features.values())), [], token_mixing.mix_op
+    monkeypatch.setattr(token_mixing, "mix_op", lambda *a: (taken.extend(zip(a[5].split(), a[3])), mix_op(*a))[1])
+    mix_tokens(torch.randn(layout.num_tokens, 1, 4), layout, channels, gaps, "linear")
+    assert len(taken) == len(names) and all(id(x) in prepared for name, x in taken if name != "positional")
+
+
 def test_the_same_input_gives_the_same_bits(everyone_linear):
     first = output_and_gradients(JAGGED, ("positional", "pow"), "linear", torch.float32)
     second = output_and_gradients(JAGGED, ("positional", "pow"), "linear", torch.float32)

@@ -7,7 +7,7 @@ block".
 Shapes: T tokens, N padded length, H heads, d value size per head, C channels.
 """
 
-from typing import Literal, Optional, Sequence, get_args
+from typing import List, Literal, NamedTuple, Optional, Sequence, get_args
 
 import torch
 from torch import Tensor
@@ -60,16 +60,40 @@ def mix_tokens(
         return triton_mixing.triton_mix_tokens(values_THd, layout, channels, gaps)
     if chosen == "native":
         return mixing_native.mix_native(values_THd, layout, channels, gaps)
-    froms = [_linear_from(name, layout, gaps, implementation) for name, _ in channels]
-    if len(set(froms)) == 1:
-        return _mix(values_THd, layout, channels, gaps, froms[0], implementation)
-    order, parts = [], []
-    for linear_from in (LINEAR_FROM, None):
-        chosen = [c for c, start in enumerate(froms) if start == linear_from]
-        parts.append(_mix(values_THd, layout, [channels[c] for c in chosen], gaps, linear_from, implementation))
-        order += chosen
-    mixed = torch.cat(parts, 2)
+    parts = _parts(values_THd, layout, channels, gaps, implementation)
+    mixed = [_mix(values_THd, layout, [channels[c] for c in part.members], gaps, part) for part in parts]
+    if len(parts) == 1:
+        return mixed[0]
+    mixed, order = torch.cat(mixed, 2), [c for part in parts for c in part.members]
     return mixed if order == sorted(order) else mixed[:, :, [order.index(c) for c in range(len(order))]]
+
+
+class _Part(NamedTuple):
+    """Channels that one call of the operator mixes: their places among all, from which length on they are mixed in
+    linear time (None: never), and whether `native` mixes the shorter users."""
+
+    members: List[int]
+    linear_from: Optional[int]
+    in_c: bool
+
+
+def _parts(
+    values_THd: Optional[Tensor],
+    layout: JaggedLayout,
+    channels: Sequence[Channel],
+    gaps: Optional[TimeGaps],
+    implementation: Implementation,
+) -> List[_Part]:
+    """The channels, those of one length to be linear from together; values None: as far as it can be told from the
+    parameters, for values of their type."""
+    autocast = values_THd is None and torch.is_autocast_enabled(layout.device.type)
+    froms = [_linear_from(name, layout, gaps, implementation) for name, _ in channels]
+    parts = []
+    for linear_from in dict.fromkeys(froms):
+        members = [c for c, start in enumerate(froms) if start == linear_from]
+        in_c = not autocast and _in_c(values_THd, [channels[c] for c in members], implementation)
+        parts.append(_Part(members, linear_from, in_c))
+    return parts
 
 
 def _kernels(
@@ -107,10 +131,8 @@ def _in_c(values_THd: Optional[Tensor], channels: Sequence[Channel], implementat
     return implementation in ("auto", "linear") and like is not None and mixing_native.supports(like, channels)
 
 
-def _mix(
-    values_THd, layout, channels, gaps: Optional[TimeGaps], linear_from: Optional[int], implementation: Implementation
-) -> Tensor:
-    in_c = _in_c(values_THd, channels, implementation)
+def _mix(values_THd, layout, channels, gaps: Optional[TimeGaps], part: _Part) -> Tensor:
+    _, linear_from, in_c = part
     params = [p for _, ps in channels for p in ps]
     nothing = values_THd.new_empty(0)
     times = [nothing, nothing] if gaps is None else list(gaps.times[:2])
@@ -132,12 +154,11 @@ def prepare(
     """Makes what `mix_tokens` reads of the times once for every block of a batch that has these channels."""
     if _kernels(None, layout, channels, implementation) != "torch":
         return  # these make it in registers
-    autocast = torch.is_autocast_enabled(layout.device.type)
-    for name, params in channels:
-        if name in ("positional", "zero"):
-            continue
-        linear_from, dtype = _linear_from(name, layout, gaps, implementation), params[0].dtype
-        in_c = not autocast and _in_c(None, channels, implementation)
-        key = (name, linear_from, in_c, dtype)
-        if key not in gaps.features:
-            gaps.features[key] = make_features(name, dtype, gaps.times, layout.slots, linear_from, in_c, CACHED_ENTRIES)
+    for part in _parts(None, layout, channels, gaps, implementation):
+        for name, params in (channels[c] for c in part.members):
+            if name in ("positional", "zero"):
+                continue
+            key = (name, part.linear_from, part.in_c, params[0].dtype)
+            if key not in gaps.features:
+                linear_from, in_c, dtype = key[1:]
+                gaps.features[key] = make_features(name, dtype, gaps.times, layout.slots, linear_from, in_c, CACHED_ENTRIES)
