@@ -33,7 +33,7 @@ def until(condition, process, seconds):
         time.sleep(0.02)
 
 
-def test_ctrl_c_saves_and_leaves_no_process(tmp_path, small_dataset):
+def test_ctrl_c_saves_and_leaves_no_process_and_the_same_line_with_resume_goes_on(tmp_path, small_dataset):
     run = tmp_path / "run"
     words = ["--config", "configs/smoke/fuxi-beta.yaml", "--nproc_per_node", "1", "--output", run, "--"]
     # Nothing but the signal saves. TorchX takes no option twice.
@@ -59,6 +59,13 @@ def test_ctrl_c_saves_and_leaves_no_process(tmp_path, small_dataset):
             for left in alive():
                 os.kill(left, signal.SIGKILL)
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
-    assert json.loads((run / "checkpoints" / "index.json").read_text())["last"] == f"step-{steps[-1]:08d}"
+    last = steps[-1]
+    assert json.loads((run / "checkpoints" / "index.json").read_text())["last"] == f"step-{last:08d}"
     said = (tmp_path / "err").read_text()
     assert said.splitlines()[-1].startswith("stopped; ") and "--resume True" in said and "Traceback" not in said
+
+    resumed = [*command[: command.index("--")], "--resume", "True", *command[command.index("--") :]]
+    resumed += ["--trainer.max_steps", last + 3]
+    subprocess.run(list(map(str, resumed)), cwd=ROOT, env=environment, check=True, timeout=120, capture_output=True)
+    steps = [row["step"] for row in map(json.loads, metrics.read_text().splitlines()) if "loss" in row]
+    assert steps == list(range(1, last + 4))
