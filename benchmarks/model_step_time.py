@@ -40,7 +40,7 @@ class Stepper:
         started = time.perf_counter()
         batch = next(self.batches, None)
         if batch is None:
-            self.batches = self.trainer.stream.epoch(Position(epoch=self.trainer.position.epoch + 1))
+            self.batches = self.trainer.stream.epoch(Position(epoch=self.trainer.state.position.epoch + 1))
             return self.step()
         self.trainer._step(batch, stop=False)
         return time.perf_counter() - started

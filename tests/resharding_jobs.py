@@ -30,7 +30,7 @@ def stretch(world, config, output, resume):
         return parts_held(trainer), evaluate(trainer.model, dataset, config, "test", world)
 
     trainer._step, begin = counted, state()
-    while not trainer._finished():
+    while not trainer.state.is_finished:
         trainer._epoch()
     trainer.progression.close()
     return begin, state(), seen

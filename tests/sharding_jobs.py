@@ -93,7 +93,7 @@ def loss_curve(world, config, output, steps, order=0):
             chosen = np.random.default_rng([step, order]).permutation(chosen)
         mine = users.take(chosen[world.rank :: world.size])
         sampler.users, sampler.lengths = mine.user_ids_U, mine.stop_U - mine.start_U - 1
-        position = dataclasses.replace(trainer.position, step=step)
+        position = dataclasses.replace(trainer.state.position, step=step)
         batch = trainer.pipeline.take(iter([collate(rows, mine, sampler, step, position)]))
         losses.append(trainer._step(batch, False)[0])
     trainer.progression.close()
@@ -185,7 +185,7 @@ def first_move(world, config, output):
     run = RunFolder.create(output, config, dataset.identity, False) if world.is_main else RunFolder(output)
     trainer = Trainer(config, dataset, run, world)
     before = [part.clone() for _, _, part in local_parts(trainer.model)]
-    trainer._step(trainer.pipeline.take(trainer.stream.epoch(trainer.position)), False)
+    trainer._step(trainer.pipeline.take(trainer.stream.epoch(trainer.state.position)), False)
     trainer.progression.close()
     return max(float((part - old).abs().max()) for (_, _, part), old in zip(local_parts(trainer.model), before))
 
@@ -195,7 +195,7 @@ def exchanged_ahead(world, config, output):
     dataset = SequenceDataset(config.data.path)
     run = RunFolder.create(output, config, dataset.identity, False) if world.is_main else RunFolder(output)
     trainer = Trainer(config, dataset, run, world)
-    batches = trainer._in_step(trainer.stream.epoch(trainer.position))
+    batches = trainer._in_step(trainer.stream.epoch(trainer.state.position))
     trainer.pipeline.forward(trainer.pipeline.take(batches))
     ahead = len(trainer.pipeline.contexts[1].input_dist_tensors_requests)
     trainer.pipeline.drop()
@@ -208,12 +208,12 @@ def held_and_saved(world, config, output):
     dataset = SequenceDataset(config.data.path)
     run = RunFolder.create(output, config, dataset.identity, False) if world.is_main else RunFolder(output)
     trainer = Trainer(config, dataset, run, world)
-    trainer._step(trainer.pipeline.take(trainer.stream.epoch(trainer.position)), False)
+    trainer._step(trainer.pipeline.take(trainer.stream.epoch(trainer.state.position)), False)
     trainer.save(is_best=False)
     trainer.progression.close()
     state = trainer.optimizer.state_dict()["state"].get("embeddings.embeddings.item.weight", {})
     state_bytes = sum(part.nbytes for value in state.values() for part in held(value) if part.dim())  # not the step count
-    return sum(part.nbytes for _, _, part in local_parts(trainer.model)), state_bytes, trainer.position.step
+    return sum(part.nbytes for _, _, part in local_parts(trainer.model)), state_bytes, trainer.state.position.step
 
 
 def held(value):

@@ -135,7 +135,7 @@ def poison_at(step):
         inner = trainer._step
 
         def poisoned(batch, stop):
-            if trainer.position.step == step - 1:
+            if trainer.state.position.step == step - 1:
                 with torch.no_grad():
                     next(trainer.model.parameters()).fill_(float("nan"))
             return inner(batch, stop)
@@ -162,7 +162,7 @@ def test_parameters_that_are_not_finite_are_never_saved(small_dataset, tmp_path)
 
         def step():
             inner()
-            if trainer.position.step == 1:  # in the second step
+            if trainer.state.position.step == 1:  # in the second step
                 with torch.no_grad():
                     list(trainer.model.parameters())[-1].view(-1)[0] = float("inf")
 

@@ -55,7 +55,7 @@ def stop_after(steps):
 
         def counted(batch, stop):
             done = step(batch, stop)
-            if trainer.position.step == steps:
+            if trainer.state.position.step == steps:
                 os.kill(os.getpid(), signal.SIGTERM)
             return done
 
@@ -150,7 +150,7 @@ def test_a_signal_in_an_evaluation_puts_it_off(small_dataset, tmp_path):
         evaluate = trainer._evaluate
 
         def stopped(split, **extra):
-            if trainer.position.step >= 20:
+            if trainer.state.position.step >= 20:
                 os.kill(os.getpid(), signal.SIGTERM)
             return evaluate(split, **extra)
 
