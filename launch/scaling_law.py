@@ -21,11 +21,8 @@ LOSS, NDCG = "test/cross_entropy", "test/ndcg@10"
 FLOOR, ABOVE_FLOOR = "test/cross_entropy_floor", "test/cross_entropy_minus_floor"
 SIZE, TOKENS, FLOPS = "non_embedding_parameters", "tokens", "flops"
 NEEDED = ("run", "status", "items", SIZE, "width", TOKENS, FLOPS, LOSS)
-RAW = ("run", "items", "width", SIZE, TOKENS, FLOPS, LOSS, ABOVE_FLOOR, f"{ABOVE_FLOOR}_stderr", NDCG)
 PLACES = ("folder", "handle")  # where the runs were made: no part of a report that others read
 LEAST_VALUES = 3  # distinct N, and distinct D: a term has a coefficient and an exponent beside E
-BEYOND = (1.0, 10**0.5, 10.0)  # of the largest N and D measured
-FRONTIER_POINTS = 5
 
 
 class Line(NamedTuple):
@@ -42,11 +39,13 @@ class Line(NamedTuple):
 class Study:
     """The points of one catalogue, and their law. Arrays are float64, a value a run."""
 
-    label: str
+    items: int
+    encoder: str  # empty where the sweep does not vary it
     rows: List[Dict[str, Any]]
     fit: Fit = field(init=False)
 
     def __post_init__(self) -> None:
+        self.label = f"{self.items:,} items" + (f", {self.encoder}" if self.encoder else "")
         self.slug = "".join(c if c.isalnum() else "-" for c in self.label).strip("-")
         self.N, self.D, self.flops = self._column(SIZE), self._column(TOKENS), self._column(FLOPS)
         self.ndcg = self._column(NDCG)
@@ -80,6 +79,10 @@ class Study:
         slope, intercept = np.polyfit(np.log10(self.flops[best]), self.ndcg[best], 1)
         return Line(float(intercept), float(slope))
 
+    def best_within(self, flops: float) -> int:
+        """The run of the lowest loss among those that cost at most so much."""
+        return min(np.flatnonzero(self.flops <= flops), key=lambda run: self.L[run])
+
     def _column(self, name: str) -> np.ndarray:
         return np.array([float("nan") if row.get(name) is None else row[name] for row in self.rows], dtype=float)
 
@@ -93,7 +96,9 @@ def read_results(path: str) -> List[Dict[str, Any]]:
         raise UserError(f"{path}: the table is empty; run the sweep first: python -m launch.sweep")
     missing = [name for name in NEEDED if not any(name in row for row in rows)]
     if missing:
-        raise UserError(f"{path}: no column {', '.join(missing)}; is this a sweep's results table, with a finished run?")
+        raise UserError(
+            f"{path}: no column {', '.join(missing)}; is this a sweep's results table, with a finished run?"
+        )
     finished = [row for row in rows if row["status"] == "finished"]
     if not finished:
         raise UserError(f"{path}: none of its {len(rows)} runs has finished; go on with python -m launch.sweep")
@@ -133,100 +138,17 @@ def studies_of(rows: List[Dict[str, Any]]) -> List[Study]:
     groups: Dict[Tuple[int, str], List[Dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((int(row["items"]), row.get("model.encoder") or ""), []).append(row)
-    labels = {key: f"{key[0]:,} items" + (f", {key[1]}" if key[1] else "") for key in groups}
-    return [Study(labels[key], groups[key]) for key in sorted(groups)]
-
-
-def report(studies: List[Study], plots: Dict[str, str], source: str) -> str:
-    """The report page, Markdown."""
-    runs = sum(len(study.rows) for study in studies)
-    lines = ["# Scaling law", "", f"L(N, D) = E + A / N^α + B / D^β on the {runs} finished runs of"]
-    lines += [f"`{source}`. N: non-embedding parameters; D: training tokens; L: full-softmax cross-entropy on held-out events,"]
-    lines += ["nats. Brackets are 90 % intervals of resampled residuals.", ""]
-    lines += ["| catalogue | runs | E | α | β | A | B | residual of log L |", "|---|---|---|---|---|---|---|---|"]
-    lines += [_law_row(study) for study in studies]
-    for title, name in plots.items():
-        lines += ["", f"## {title}", "", f"![{title}]({name})"]
-    for study in studies:
-        lines += ["", f"## {study.label}", "", *_floor_lines(study), *_frontier_lines(study), *_prediction_lines(study)]
-    lines += ["", "## The points", "", "Also in points.csv.", ""]
-    names = [name for name in RAW if any(row.get(name) is not None for row in (r for s in studies for r in s.rows))]
-    lines += [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-    for study in studies:
-        for row in sorted(study.rows, key=lambda row: (row[SIZE], row[TOKENS])):
-            lines.append("| " + " | ".join(_cell(row.get(name)) for name in names) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _law_row(study: Study) -> str:
-    def shown(name: str) -> str:
-        low, high = study.fit.parameter_interval(name)
-        return f"{getattr(study.fit.law, name):.4g} [{low:.4g}, {high:.4g}]"
-
-    cells = [shown(name) for name in ("E", "alpha", "beta", "A", "B")]
-    return f"| {study.label} | {len(study.rows)} | {' | '.join(cells)} | {study.fit.residual:.2g} |"
-
-
-def _floor_lines(study: Study) -> List[str]:
-    if study.floor is None:
-        return []
-    off, best = study.fit.law.E - study.floor, float((study.L - study.floor).min())
-    return [
-        f"The data's own floor on the held-out events is {study.floor:.4f}: the fitted E is {off:+.4f} from it, and the best "
-        f"run {best:.4f} above it.",
-        "",
-    ]
-
-
-def _frontier_lines(study: Study) -> List[str]:
-    from launch.scaling_plots import short
-
-    flops = np.geomspace(study.flops.min(), study.flops.max() * 10, FRONTIER_POINTS)
-    N, D, losses = study.frontier(flops)
-    law = study.fit.law
-    growth = law.beta / max(law.alpha + study.cost.exponent * law.beta, 1e-9)
-    lines = [
-        "Compute-optimal by the fit (the last row beyond the measured compute): FLOPs of a token grow as "
-        f"N^{study.cost.exponent:.2f} here, so N grows as C^{growth:.2f}.",
-        "",
-        "| FLOPs | N | D | L |",
-        "|---|---|---|---|",
-    ]
-    lines += [f"| {f:.2e} | {short(n)} | {short(d)} | {loss:.4f} |" for f, n, d, loss in zip(flops, N, D, losses)]
-    line = study.ndcg_line()
-    if line is not None:
-        lines += ["", f"NDCG@10 grows by {line.slope:.4f} with every tenfold of compute, along the best runs."]
-    return lines
-
-
-def _prediction_lines(study: Study) -> List[str]:
-    from launch.scaling_plots import short
-
-    lines = ["", "Predicted L up to ten times the largest N and D that were run:", ""]
-    tokens = [study.D.max() * factor for factor in BEYOND]
-    lines += ["| N \\ D | " + " | ".join(short(D) for D in tokens) + " |", "|---" * (len(tokens) + 1) + "|"]
-    for factor in BEYOND:
-        N = study.N.max() * factor
-        cells = []
-        for D in tokens:
-            low, high = study.fit.loss_interval(N, D)
-            cells.append(f"{float(study.fit.law.loss(N, D)):.4f} [{low:.4f}, {high:.4f}]")
-        lines.append(f"| {short(N)} | {' | '.join(cells)} |")
-    return lines
-
-
-def _cell(value: Any) -> str:
-    return "" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
+    return [Study(*key, groups[key]) for key in sorted(groups)]
 
 
 def write_report(studies: List[Study], source: str, folder: str) -> str:
     """Writes report.md, points.csv, fits.json, the plots and tensorboard/; returns the report's path."""
-    from launch import scaling_plots
+    from launch import scaling_plots, scaling_report
 
     try:
         os.makedirs(folder, exist_ok=True)
         plots = scaling_plots.draw_all(studies, folder)
-        text = report(studies, plots, source)
+        text = scaling_report.report(studies, plots, source)
         rows = [row for study in studies for row in study.rows]
         names = list(dict.fromkeys(name for row in rows for name in row if name not in PLACES))
         with open(os.path.join(folder, "points.csv"), "w", newline="", encoding="utf-8") as file:
@@ -260,7 +182,9 @@ def main(arguments: Optional[List[str]] = None) -> int:
 
     parser = OneLineParser(prog="python -m launch.scaling_law", description="Fits scaling laws to a sweep's results.")
     parser.add_argument("results", type=str, help="A sweep's folder, or its results.parquet or results.csv.")
-    parser.add_argument("--output", type=Optional[str], help="Folder of the report; default: scaling-law beside the table.")
+    parser.add_argument(
+        "--output", type=Optional[str], help="Folder of the report; default: scaling-law beside the table."
+    )
     parser.add_argument("--resamples", type=int, default=300, help="Resampled tables behind the intervals.")
     options = parser.parse_args(arguments)
     try:

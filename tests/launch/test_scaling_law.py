@@ -101,6 +101,25 @@ def test_a_table_becomes_a_report_with_plots(tmp_path, capsys):
     assert json.loads((tmp_path / "again" / "fits.json").read_text()) == fits
 
 
+def test_encoders_are_compared_at_equal_flops(tmp_path):
+    """At each budget the best run within it, of each encoder, wherever both have one."""
+    table = []
+    for encoder, law, dearer in (("good", TRUE, 1.0), ("poor", Law(TRUE.E + 0.5, TRUE.A, TRUE.alpha, TRUE.B, TRUE.beta), 3.0)):
+        for row in rows(*points(np.random.default_rng(5), law, 0.0)):
+            table.append({**row, "model.encoder": encoder, "flops": int(row["flops"] * dearer)})
+    write_results(str(tmp_path), table)
+    assert scaling_law.main([str(tmp_path), "--resamples", "3"]) == 0
+    text = (tmp_path / "scaling-law" / "report.md").read_text()
+    section = text.split("## Encoders at equal FLOPs, 2,000 items")[1].split("##")[0]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("| ")]
+    assert lines[0] == ["FLOPs", "good", "poor"] and len(lines) == 6
+    for budget, *cells in lines[1:]:
+        for encoder, cell in zip(("good", "poor"), cells):
+            within = [r for r in table if r["model.encoder"] == encoder and r["flops"] <= float(budget) * 1.01]
+            assert cell.startswith(f"{min(r['test/cross_entropy'] for r in within):.4f}")
+    assert float(lines[1][0]) == pytest.approx(min(r["flops"] for r in table if r["model.encoder"] == "poor"), rel=0.01)
+
+
 def test_a_tiny_sweep_end_to_end(tmp_path):
     """Three sizes, three lengths of training; the runs are trained here, and the sweep takes them as finished."""
     data = str(tmp_path / "data")
