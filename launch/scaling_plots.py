@@ -58,7 +58,8 @@ def _losses(study: "Study") -> Any:
         if study.floor is not None:
             floor = f"floor of the data = {study.floor:.3f}"
             axis.axhline(study.floor, color="tab:red", linewidth=1, linestyle="--", label=floor)
-        axis.legend(fontsize=8)
+        # Below: a point may lie anywhere inside.
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
     figure.suptitle(study.label)
     return figure
 
@@ -72,6 +73,9 @@ def _panel(axis: Any, x: np.ndarray, other: np.ndarray, L: np.ndarray, loss: Cal
         axis.plot(x[near], L[near], "o", color=colour, markersize=5)
         axis.plot(grid, loss(grid, value), color=colour, linewidth=1, label=legend.format(short(value)))
     axis.set_xscale("log")
+    measured = _distinct(x)
+    axis.set_xticks(measured, [short(value) for value in measured])
+    axis.minorticks_off()
     axis.set_xlabel(label)
     axis.grid(alpha=0.3)
 
