@@ -31,6 +31,7 @@ PAPERS = {
 }
 RUNS = {
     "fuxi-beta": "FuXi-β",
+    "fuxi-beta-tuned": "FuXi-β, tuned",
     "fuxi-beta-semantic": "FuXi-β + semantic channel (= FuXi-α with a functional bias)",
     "fuxi-beta-no-temporal": "FuXi-β − temporal channel",
     "fuxi-beta-no-positional": "FuXi-β − positional channel",
