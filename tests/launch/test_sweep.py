@@ -45,6 +45,16 @@ def write_sweep(folder, **values):
     return str(path)
 
 
+SWEEPS = {"scaling-law": 36, "scaling-law-floor": 20, "encoders": 36, "ml-1m-tuning": 9}
+
+
+def test_every_sweep_that_is_delivered_has_its_runs(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert {f"{name}.yaml" for name in SWEEPS} == set(os.listdir("configs/sweeps"))
+    for name, runs in SWEEPS.items():
+        assert len(read_plan(f"configs/sweeps/{name}.yaml").runs) == runs
+
+
 def start(path, output, *options):
     command = [sys.executable, "-m", "launch.sweep", path, "--output", str(output), *options]
     environment = {**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"}
