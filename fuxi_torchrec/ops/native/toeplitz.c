@@ -1,4 +1,4 @@
-/* Causal Toeplitz products y[i] = sum over j <= i of weight[i - j] v[j], by FFT, 16 columns at a time.
+/* Causal Toeplitz products y[i] = sum over j <= i of weight[i - j] v[j], by FFT, a vector of columns at a time.
 
 The FFT is in place, recursive (so that its inner levels stay in the near cache), without bit reversal: frequencies are in
 the order that forward leaves them in, inverse takes them from there. One of length S >= n does for n rows, though a product

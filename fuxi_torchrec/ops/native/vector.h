@@ -1,6 +1,7 @@
-/* What the kernels share: vectors of 16 floats, exp and log without a call, counter-based random bits.
+/* What the kernels share: vectors of floats, exp and log without a call, counter-based random bits.
 
-GCC's and Clang's vector extensions are lowered to whatever the processor has; rows need no alignment. */
+GCC's and Clang's vector extensions are lowered to whatever the processor has; rows need no alignment. A vector is as wide
+as the target's registers: a wider one takes several of them, and tiles that were made to fit spill to memory. */
 #pragma once
 
 #include <math.h>
@@ -8,11 +9,17 @@ GCC's and Clang's vector extensions are lowered to whatever the processor has; r
 #include <stdlib.h>
 #include <string.h>
 
+#if defined(__AVX512F__)
 #define LANES 16
+#elif defined(__AVX__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
 #define API __attribute__((visibility("default")))
 #define INLINE static inline __attribute__((always_inline))
 
-typedef float vec __attribute__((vector_size(64), aligned(4)));
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
 
 INLINE float bits_to_float(uint32_t bits) {
     float x;
@@ -75,9 +82,7 @@ INLINE uint64_t row_seed(uint64_t seed, uint64_t row) {
 INLINE float sum_of(vec x) {
     float lanes[LANES];
     memcpy(lanes, &x, sizeof lanes);
-    float total = 0;
-    for (int i = 0; i < 8; i++) lanes[i] += lanes[i + 8];
-    for (int i = 0; i < 4; i++) lanes[i] += lanes[i + 4];
-    total = (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
-    return total;
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+    return lanes[0];
 }
