@@ -11,10 +11,10 @@ import dataclasses
 import json
 from contextlib import ExitStack
 
-from fuxi_torchrec.bench import BenchCase, BenchSize
+from fuxi_torchrec.bench.timing import BenchCase, BenchSize
 from fuxi_torchrec.config import Config
-from fuxi_torchrec.config_io import load_config
-from fuxi_torchrec.sharding import start_world
+from fuxi_torchrec.config.parsing import load_config
+from fuxi_torchrec.distributed.world import start_world
 
 CHOICES = {
     "plain": {},

@@ -25,7 +25,8 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.large_catalogue import ShardedStep, in_processes, memory_now
-from fuxi_torchrec.sharding import World, local_parts
+from fuxi_torchrec.distributed.world import World
+from fuxi_torchrec.sharding.model_parallel import local_parts
 
 USERS, NEGATIVES = 8, 128  # of the one step that makes the dense optimizer's state: they don't matter here
 

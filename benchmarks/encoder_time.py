@@ -26,12 +26,12 @@ from typing import Callable, Dict, Iterator, List, Sequence
 import torch
 
 from fuxi_torchrec.config import ModelConfig
-from fuxi_torchrec.encoders import build_encoder, fuxi, hstu
-from fuxi_torchrec.memory import PeakMemory
+from fuxi_torchrec.encoders import build_encoder, fuxi_beta, hstu
 from fuxi_torchrec.ops.jagged import JaggedLayout
 from fuxi_torchrec.ops.pointwise_attention import silu_attention_reference
-from fuxi_torchrec.ops.time_maps import TimeGaps
-from fuxi_torchrec.ops.token_mixing import mix_tokens, prepare
+from fuxi_torchrec.ops.token_mixing.dispatch import mix_tokens, prepare
+from fuxi_torchrec.ops.token_mixing.time_gaps import TimeGaps
+from fuxi_torchrec.profiling.memory import PeakMemory
 
 ROWS = ("mixer", "growth", "sasrec", "others", "padded")
 Step = Callable[[], None]
@@ -94,12 +94,12 @@ def tower_step(name: str, length: int, options: argparse.Namespace) -> Step:
 @contextmanager
 def whole_maps() -> Iterator[None]:
     """Pointwise attention through padded [B, H, N, N] maps."""
-    before = fuxi.silu_attention, hstu.silu_attention
-    fuxi.silu_attention = hstu.silu_attention = silu_attention_reference
+    before = fuxi_beta.silu_attention, hstu.silu_attention
+    fuxi_beta.silu_attention = hstu.silu_attention = silu_attention_reference
     try:
         yield
     finally:
-        fuxi.silu_attention, hstu.silu_attention = before
+        fuxi_beta.silu_attention, hstu.silu_attention = before
 
 
 def contenders(rows: Sequence[str], options: argparse.Namespace) -> Dict[str, Step]:

@@ -33,14 +33,15 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from benchmarks.research_step import LONGEST, Shape, draw_users
 from fuxi_torchrec.config import Config, DataConfig, LossConfig, ModelConfig, TableConfig, TrainerConfig
-from fuxi_torchrec.data_format import DatasetIdentity
-from fuxi_torchrec.dataset import RowGroup, UserRows
-from fuxi_torchrec.full_ranking import rank_targets
-from fuxi_torchrec.loader import Position
+from fuxi_torchrec.data.dataset import RowGroup, UserRows
+from fuxi_torchrec.data.format import DatasetIdentity
+from fuxi_torchrec.data.loader import Position
+from fuxi_torchrec.distributed.world import World, start_world
+from fuxi_torchrec.evaluation.full_ranking import rank_targets
 from fuxi_torchrec.ops.ranking import Seen
-from fuxi_torchrec.run_folder import RunFolder
-from fuxi_torchrec.sharding import World, local_parts, start_world
-from fuxi_torchrec.training import Trainer
+from fuxi_torchrec.run.folder import RunFolder
+from fuxi_torchrec.sharding.model_parallel import local_parts
+from fuxi_torchrec.training.trainer import Trainer
 
 WIDTH = 64
 GB = 1e9

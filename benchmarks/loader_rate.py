@@ -27,12 +27,12 @@ from benchmarks.research_step import LONGEST, SHAPES
 from data_pipelines.output import OutputFolder
 from data_pipelines.writer import Sequences, SequenceWriter
 from fuxi_torchrec.config import Config, DataConfig, LossConfig, ModelConfig, TrainerConfig
-from fuxi_torchrec.dataset import SequenceDataset
-from fuxi_torchrec.loader import Position, TrainingStream
-from fuxi_torchrec.negatives import NegativeSampler
-from fuxi_torchrec.run_folder import RunFolder
-from fuxi_torchrec.sharding import World, start_world
-from fuxi_torchrec.training import Trainer
+from fuxi_torchrec.data.dataset import SequenceDataset
+from fuxi_torchrec.data.loader import Position, TrainingStream
+from fuxi_torchrec.data.negative_sampler import NegativeSampler
+from fuxi_torchrec.distributed.world import World, start_world
+from fuxi_torchrec.run.folder import RunFolder
+from fuxi_torchrec.training.trainer import Trainer
 
 BLOCK_USERS = 4096
 BASE = SHAPES["ml-1m-base"]

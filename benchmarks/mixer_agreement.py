@@ -14,10 +14,11 @@ from typing import Dict
 
 from fuxi_torchrec.config import evaluation_splits
 from fuxi_torchrec.errors import UserError
-from fuxi_torchrec.evaluation import evaluate
-from fuxi_torchrec.ops import exponential_scan, token_mixing
-from fuxi_torchrec.run_folder import RunFolder
-from fuxi_torchrec.saved import open_model
+from fuxi_torchrec.evaluation.evaluate import evaluate
+from fuxi_torchrec.evaluation.load_model import open_model
+from fuxi_torchrec.ops.token_mixing import dispatch as token_mixing
+from fuxi_torchrec.ops.token_mixing import exponential_scan
+from fuxi_torchrec.run.folder import RunFolder
 
 
 def metrics(path: str, checkpoint: str, implementation: str) -> Dict[str, float]:

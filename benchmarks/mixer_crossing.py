@@ -13,8 +13,8 @@ import time
 import torch
 
 from fuxi_torchrec.ops.jagged import JaggedLayout
-from fuxi_torchrec.ops.time_maps import TimeGaps
-from fuxi_torchrec.ops.token_mixing import mix_tokens, prepare
+from fuxi_torchrec.ops.token_mixing.dispatch import mix_tokens, prepare
+from fuxi_torchrec.ops.token_mixing.time_gaps import TimeGaps
 
 IMPLEMENTATIONS = ("native", "linear", "blocked")
 

@@ -15,8 +15,8 @@ from typing import List
 import numpy as np
 
 from fuxi_torchrec.config import DataConfig
-from fuxi_torchrec.dataset import SequenceDataset
-from fuxi_torchrec.loader import Position, TrainingStream
+from fuxi_torchrec.data.dataset import SequenceDataset
+from fuxi_torchrec.data.loader import Position, TrainingStream
 
 
 def positions_of_steps(folder: str, config: DataConfig, ranks: int, epoch: int) -> np.ndarray:

@@ -18,11 +18,11 @@ from typing import Dict, Tuple
 
 import torch
 
-from fuxi_torchrec.bench_data import random_lengths
+from fuxi_torchrec.bench.random_dataset import random_lengths
 from fuxi_torchrec.config import CHANNEL_PRESETS, Config, DataConfig, LossConfig, ModelConfig
-from fuxi_torchrec.estimates import FLOAT_BYTES, ID_BYTES, distinct
-from fuxi_torchrec.flops import encoder_flops, loss_flops, non_embedding_parameters
-from fuxi_torchrec.stages import STAGES
+from fuxi_torchrec.profiling.flops import encoder_flops, loss_flops, non_embedding_parameters
+from fuxi_torchrec.profiling.stages import STAGES
+from fuxi_torchrec.sharding.memory_estimate import FLOAT_BYTES, ID_BYTES, distinct
 
 OPTIMIZER_FLOATS = 7  # AdamW reads a weight, its gradient and two moments, and writes all but the gradient
 

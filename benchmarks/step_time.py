@@ -24,12 +24,12 @@ import numpy as np
 import torch
 
 from benchmarks.research_step import LONGEST, SHAPES, PaddedUsers, ResearchStep, Shape, draw_users
-from fuxi_torchrec.bench_data import MemoryDataset
+from fuxi_torchrec.bench.random_dataset import MemoryDataset
 from fuxi_torchrec.config import Config, DataConfig, ModelConfig, TrainerConfig
-from fuxi_torchrec.loader import Position
-from fuxi_torchrec.run_folder import RunFolder
-from fuxi_torchrec.sharding import start_world
-from fuxi_torchrec.training import Trainer
+from fuxi_torchrec.data.loader import Position
+from fuxi_torchrec.distributed.world import start_world
+from fuxi_torchrec.run.folder import RunFolder
+from fuxi_torchrec.training.trainer import Trainer
 
 
 def memory_dataset(shape: Shape, users: PaddedUsers) -> MemoryDataset:

@@ -13,7 +13,7 @@ import os
 import shutil
 
 from benchmarks.smoke import command
-from fuxi_torchrec.run_folder import RunFolder
+from fuxi_torchrec.run.folder import RunFolder
 
 CONFIG = os.path.join("configs", "smoke", "fuxi-beta.yaml")
 MODELS = {"positions and time": "[positional,temporal]", "positions only": "[positional]"}

@@ -13,9 +13,10 @@ import time
 import torch
 
 from fuxi_torchrec.ops.jagged import JaggedLayout
-from fuxi_torchrec.ops.sampled_softmax import l2_normalize, per_token_sampled_softmax, shared_sampled_softmax
-from fuxi_torchrec.ops.time_maps import TimeGaps
-from fuxi_torchrec.ops.token_mixing import mix_tokens
+from fuxi_torchrec.ops.row_wise.dispatch import l2_normalize
+from fuxi_torchrec.ops.sampled_softmax.dispatch import per_token_sampled_softmax, shared_sampled_softmax
+from fuxi_torchrec.ops.token_mixing.dispatch import mix_tokens
+from fuxi_torchrec.ops.token_mixing.time_gaps import TimeGaps
 
 TAU = 0.05
 

@@ -15,7 +15,7 @@ from data_pipelines.sorting import EventSorter
 from data_pipelines.tables import CsvTable, ParquetTable, refuse
 from data_pipelines.values import BadValue
 from data_pipelines.writer import SequenceWriter
-from fuxi_torchrec.data_format import DatasetIdentity
+from fuxi_torchrec.data.format import DatasetIdentity
 from fuxi_torchrec.errors import UserError
 
 TIME_UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}

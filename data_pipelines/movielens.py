@@ -14,7 +14,7 @@ from data_pipelines.output import OutputFolder
 from data_pipelines.sorting import EventSorter
 from data_pipelines.tables import CsvTable, refuse
 from data_pipelines.writer import SequenceWriter
-from fuxi_torchrec.data_format import DatasetIdentity
+from fuxi_torchrec.data.format import DatasetIdentity
 from fuxi_torchrec.errors import UserError
 
 

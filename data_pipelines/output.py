@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from typing import BinaryIO, Iterator, List, Optional
 
-from fuxi_torchrec.data_format import IDENTITY_FILE, TRAIN_FOLDER
+from fuxi_torchrec.data.format import IDENTITY_FILE, TRAIN_FOLDER
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.paths import join, path_manager
 

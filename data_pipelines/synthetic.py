@@ -11,7 +11,7 @@ import pyarrow as pa
 from data_pipelines.generator import Block, Catalogue, Generator, generate_block
 from data_pipelines.output import OutputFolder
 from data_pipelines.writer import Sequences, SequenceWriter
-from fuxi_torchrec.data_format import LOG_PROBS_COLUMN, DatasetIdentity
+from fuxi_torchrec.data.format import LOG_PROBS_COLUMN, DatasetIdentity
 from fuxi_torchrec.errors import UserError
 
 

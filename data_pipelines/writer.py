@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_pipelines.output import OutputFolder
-from fuxi_torchrec.data_format import (
+from fuxi_torchrec.data.format import (
     IDENTITY_FILE,
     ITEMS_FILE,
     SEQUENCE_FIELDS,

@@ -2,6 +2,6 @@
 
 import sys
 
-from fuxi_torchrec.cli import main
+from fuxi_torchrec.cli.main import main
 
 sys.exit(main())

@@ -8,17 +8,14 @@ import tempfile
 import time
 from typing import TYPE_CHECKING, Any, List, Optional
 
-from torchx.specs import parse_mounts
-
 from fuxi_torchrec.config import Config
-from fuxi_torchrec.config_check import check_table
-from fuxi_torchrec.config_io import OneLineParser, load_config
+from fuxi_torchrec.config.parsing import OneLineParser, load_config
+from fuxi_torchrec.config.rules import check_table
 from fuxi_torchrec.errors import UserError
 
 if TYPE_CHECKING:
-    from launch.jobs import Place
+    from launch.place import Place
 
-SHARED_MEMORY = "/dev/shm"  # TorchX mounts it into every pod
 # Keys and options that hold paths: relative ones mean the folder that the job is submitted from, wherever it runs.
 CONFIG_PATHS = ("data.path", "trainer.checkpoint_folder")
 PREPARE_PATHS = ("--source", "--output", "--item-titles", "--item_titles")
@@ -35,7 +32,8 @@ def config(path: str, overrides: List[str], place: "Place") -> Config:
     if not loaded.data.path:
         raise UserError("data.path: no data set named; add -- --data.path DIR (made by 'fuxi-torchrec prepare')")
     if place.image is None:
-        from fuxi_torchrec.dataset import SequenceDataset, check_enough_data, check_splits
+        from fuxi_torchrec.data.dataset import SequenceDataset, check_enough_data
+        from fuxi_torchrec.data.splits import check_splits
 
         dataset = SequenceDataset(loaded.data.path)
         check_splits(dataset, loaded.data)
@@ -72,7 +70,7 @@ def run_folder(config_path: str, output: Optional[str], resume: bool, place: "Pl
 def evaluation(run: str, options: List[str], place: "Place") -> str:
     if place.image is not None:
         return run
-    from fuxi_torchrec.run_folder import RunFolder
+    from fuxi_torchrec.run.folder import RunFolder
 
     run = absolute(run)
     RunFolder.open(run).config()
@@ -94,18 +92,6 @@ def preparation(arguments: List[str], place: "Place") -> List[str]:
     return _absolute_values(arguments, PREPARE_PATHS)
 
 
-def mounted_folders(mounts: Optional[List[str]]) -> List[str]:
-    """The folders of an image that mounts lie on, each once."""
-    try:
-        folders = [mount.dst_path for mount in parse_mounts(mounts or [])]
-    except (KeyError, ValueError) as error:
-        text = str(error.args[0] if error.args else error)
-        raise UserError(f"--mounts: {text}; write type=volume,src=CLAIM,dst=/data or type=bind,src=/host,dst=/data") from None
-    for folder in folders:
-        if folders.count(folder) > 1 or folder.rstrip("/") == SHARED_MEMORY:
-            why = "TorchX mounts it by itself" if folder.rstrip("/") == SHARED_MEMORY else "it is mounted twice"
-            raise UserError(f"--mounts: {folder}: {why}; leave this mount out")
-    return folders
 
 
 def absolute(path: str) -> str:

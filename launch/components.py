@@ -12,6 +12,7 @@ from torchx import specs
 
 from fuxi_torchrec.errors import UserError
 from launch import jobs
+from launch.place import Place
 
 
 @contextmanager
@@ -68,7 +69,7 @@ def train(
         rdzv_port: port on the first node where the nodes meet; jobs that share it need one each (a single node: any free one)
     """
     with one_line():
-        place = jobs.Place(
+        place = Place(
             nnodes, nproc_per_node, h, cpu, gpu, memMB, devices, image, mounts, env, metadata, max_restarts, max_retries,
             rdzv_port,
         )
@@ -112,7 +113,7 @@ def evaluate(
         rdzv_port: port on the first node where the nodes meet
     """
     with one_line():
-        place = jobs.Place(
+        place = Place(
             nnodes, nproc_per_node, h, cpu, gpu, memMB, devices, image, mounts, env, metadata, 0, max_retries, rdzv_port
         )
         return jobs.evaluate(run, list(options), place)
@@ -143,7 +144,7 @@ def prepare(
         max_retries: times that the scheduler runs a failed job again
     """
     with one_line():
-        place = jobs.Place(
+        place = Place(
             h=h, cpu=cpu, memMB=memMB, image=image, mounts=mounts, env=env, metadata=metadata, max_retries=max_retries
         )
         return jobs.prepare(list(arguments), place)
@@ -178,7 +179,7 @@ def sweep(
         max_retries: times that the scheduler runs a failed job again
     """
     with one_line():
-        place = jobs.Place(
+        place = Place(
             nproc_per_node=1, h=h, cpu=cpu, gpu=gpu, memMB=memMB, image=image, mounts=mounts, env=env, metadata=metadata,
             max_retries=max_retries,
         )

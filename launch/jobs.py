@@ -5,73 +5,14 @@ Everything wrong with the arguments is a UserError, so that a program (a sweep) 
 
 import os
 import re
-from dataclasses import dataclass
-from typing import Dict, List, Optional, Tuple
+from typing import List, Optional, Tuple
 
-from torchx.specs import AppDef, Role, parse_mounts
+from torchx.specs import AppDef
 
 from fuxi_torchrec.errors import UserError
 from launch import checks
-from launch.environment import GRACE_SECONDS, environment, interpreter, quoted, torchrun
-from launch.hosts import resource
-
-PATIENT_POD = {"spec": {"terminationGracePeriodSeconds": GRACE_SECONDS}}
-
-
-@dataclass
-class Place:
-    """Where a job runs and on how much; components.train documents the fields."""
-
-    nnodes: int = 1
-    nproc_per_node: int = 0
-    h: Optional[str] = None
-    cpu: int = 0
-    gpu: int = 0
-    memMB: int = 0
-    devices: Optional[Dict[str, str]] = None
-    image: Optional[str] = None
-    mounts: Optional[List[str]] = None
-    env: Optional[Dict[str, str]] = None
-    metadata: Optional[Dict[str, str]] = None
-    max_restarts: int = 0
-    max_retries: int = 0
-    rdzv_port: int = 29500
-
-    def __post_init__(self) -> None:
-        for key, least in (("nnodes", 1), ("nproc_per_node", 0), ("max_restarts", 0), ("max_retries", 0)):
-            if getattr(self, key) < least:
-                raise UserError(f"--{key}: {getattr(self, key)} is too small; it must be at least {least}")
-        if not 0 < self.rdzv_port < 65536:
-            raise UserError(f"--rdzv_port: {self.rdzv_port} is no port; take one from 1 to 65535")
-        self.resource = resource(self.h, self.cpu, self.gpu, self.memMB, self.nproc_per_node, self.devices)
-        gpus = self.resource.gpu
-        self.processes = self.nproc_per_node or max(gpus, 1)
-        if 0 < gpus < self.processes:
-            where = "--gpu" if self.gpu else f"-h {self.h}"
-            raise UserError(f"--nproc_per_node: {self.processes} processes are more than the {gpus} GPUs of {where}")
-        self.mounted = checks.mounted_folders(self.mounts)
-
-    @property
-    def size(self) -> int:
-        """Processes of the job."""
-        return self.nnodes * self.processes
-
-    def role(self, name: str, command: str) -> Role:
-        cores = self.resource.cpu if self.h or self.cpu else None
-        return Role(
-            name=name,
-            # Schedulers without images take this for a folder, and run in the one that was submitted from.
-            image=self.image or os.getcwd(),
-            entrypoint="bash",
-            args=["-c", command],
-            env=environment(cores, self.processes, self.env),
-            num_replicas=self.nnodes,
-            max_retries=self.max_retries,
-            resource=self.resource,
-            port_map={"c10d": self.rdzv_port} if self.nnodes > 1 else {},
-            metadata={"kubernetes": {"V1Pod": PATIENT_POD}, **(self.metadata or {})},
-            mounts=parse_mounts(self.mounts) if self.mounts else [],
-        )
+from launch.environment import interpreter, quoted, torchrun
+from launch.place import Place
 
 
 def train(config: str, overrides: List[str], output: Optional[str], resume: bool, place: Place) -> AppDef:

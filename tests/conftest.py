@@ -35,7 +35,7 @@ def small_dataset(tmp_path_factory):
 @pytest.fixture(params=["native", "torch"])
 def kernels(request, monkeypatch):
     """The test runs with the CPU kernels in C, and again with what PyTorch does without them."""
-    from fuxi_torchrec.ops import native
+    from fuxi_torchrec.ops.native import library as native
 
     if request.param == "torch":
         monkeypatch.setattr(native, "library", lambda: None)

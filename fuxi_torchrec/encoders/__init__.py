@@ -5,7 +5,7 @@ from typing import Callable, Dict
 from fuxi_torchrec.config import CHANNEL_PRESETS, ModelConfig
 from fuxi_torchrec.encoders.base import SequenceEncoder
 from fuxi_torchrec.encoders.flash import FLASHEncoder
-from fuxi_torchrec.encoders.fuxi import build_fuxi_alpha
+from fuxi_torchrec.encoders.fuxi_alpha import build_fuxi_alpha
 from fuxi_torchrec.encoders.fuxi_beta import build_fuxi_beta
 from fuxi_torchrec.encoders.hstu import HSTUEncoder
 from fuxi_torchrec.encoders.hstu_beta import build_hstu_beta

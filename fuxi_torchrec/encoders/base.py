@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fuxi_torchrec.errors import UserError
-from fuxi_torchrec.ops.fused import add_positions
 from fuxi_torchrec.ops.jagged import JaggedLayout
+from fuxi_torchrec.ops.row_wise.dispatch import add_positions
 
 
 class SequenceEncoder(nn.Module):
@@ -24,7 +24,7 @@ class SequenceEncoder(nn.Module):
 
     Attributes:
         activation_checkpointing: for backward, keep a block's input alone and compute the rest again.
-        is_compiled: the blocks are (compiling.py); only training runs their compiled code.
+        is_compiled: the blocks are (training/compile.py); only training runs their compiled code.
     """
 
     def __init__(self, embedding_dim: int, padded_length: int, input_dropout: float, time_unit: float) -> None:

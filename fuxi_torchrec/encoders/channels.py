@@ -9,8 +9,8 @@ from typing import List, Tuple
 import torch
 from torch import Tensor, nn
 
-from fuxi_torchrec.ops.exponential_sums import B_RANGE
-from fuxi_torchrec.ops.time_maps import NUM_BUCKETS
+from fuxi_torchrec.ops.token_mixing.exponential_sums import B_RANGE
+from fuxi_torchrec.ops.token_mixing.time_maps import NUM_BUCKETS
 
 _BOUNDS = {
     "pow": {"a": (-0.2, 0.2), "b": (0.4, 0.8)},

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from fuxi_torchrec.config import ModelConfig
 from fuxi_torchrec.encoders.base import SequenceEncoder, reset_linear_bias
 from fuxi_torchrec.encoders.channels import PositionalChannel
-from fuxi_torchrec.ops.fused import dropout, layer_norm, silu_split
 from fuxi_torchrec.ops.jagged import JaggedLayout
 from fuxi_torchrec.ops.pointwise_attention import squared_relu_attention
+from fuxi_torchrec.ops.row_wise.dispatch import dropout, layer_norm, silu_split
 
 EPS = 1e-6
 

@@ -1,7 +1,166 @@
-"""FuXi-β (arXiv 2508.10615): the FuXi block with a positional and a functional temporal channel, no query-key map."""
+"""The FuXi block with pluggable token-mixing channels: FuXi-α, FuXi-β and every ablation between them are one block.
+
+Source: FuXi-α (arXiv 2502.03036), sections 3.2 to 3.4; FuXi-β (arXiv 2508.10615), section 3; docs/models.md, "FuXi block".
+
+Shapes: T tokens, D embedding, H heads, d value and q query/key size per head, C channels, F feed-forward width.
+"""
+
+from typing import Sequence, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from fuxi_torchrec.config import CHANNEL_PRESETS, ModelConfig
-from fuxi_torchrec.encoders.fuxi import FuXiEncoder
+from fuxi_torchrec.encoders import streaming
+from fuxi_torchrec.encoders.base import reset_linear_bias
+from fuxi_torchrec.encoders.mixing import MixingBlock, MixingContext, MixingEncoder
+from fuxi_torchrec.encoders.streaming import StreamingState
+from fuxi_torchrec.errors import UserError
+from fuxi_torchrec.ops.jagged import JaggedLayout
+from fuxi_torchrec.ops.pointwise_attention import silu_attention
+from fuxi_torchrec.ops.row_wise.dispatch import gated_rms_norm, rms_norm, silu_split, swiglu
+
+CHANNEL_ORDER = ("positional", "temporal", "bucketed_temporal", "semantic")
+"""The order of the channels in a block, whatever their order in the config."""
+
+
+def ordered_channels(names: Sequence[str]) -> Tuple[str, ...]:
+    """The channels in the block's order; UserError for an empty, unknown or repeated choice."""
+    unknown = [name for name in names if name not in CHANNEL_ORDER]
+    if unknown or not names or len(set(names)) != len(names):
+        raise UserError(f"model.channels: {list(names)} must be a non-empty choice, each once, of {CHANNEL_ORDER}")
+    return tuple(name for name in CHANNEL_ORDER if name in names)
+
+
+class FuXiBlock(MixingBlock):
+    """Token mixing per channel, gated; then the two-stage feed-forward layer, or its first stage alone (F = 0).
+
+    Parameters: input_weight = W_in, output_weight/bias = W_0 and b_0 (transposed), ffn_in_weight = W_1 above W_3
+    (transposed), ffn_out_weight = W_2 (transposed).
+    """
+
+    def __init__(self, config: ModelConfig, channels: Sequence[str], padded_length: int) -> None:
+        super().__init__(config, [name for name in channels if name != "semantic"], padded_length)
+        D, H, d, q = config.embedding_dim, config.num_heads, config.value_dim, config.qk_dim
+        self.num_heads, self.value_dim, self.qk_dim = H, d, q
+        self.dropout = config.dropout
+        self.padded_length = padded_length
+        self.has_semantic = "semantic" in channels
+        self.mixed_width = len(channels) * H * d
+        width = self.mixed_width + H * d + (2 * H * q if self.has_semantic else 0)
+        self.ffn_width = int(D * config.ffn_multiply)
+        self.input_weight = nn.Parameter(torch.empty(D, width))
+        self.output_weight = nn.Parameter(torch.empty(D, self.mixed_width))
+        self.output_bias = nn.Parameter(torch.empty(D))
+        if self.ffn_width:
+            self.ffn_in_weight = nn.Parameter(torch.empty(2 * self.ffn_width, D))
+            self.ffn_out_weight = nn.Parameter(torch.empty(D, self.ffn_width))
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.input_weight, std=0.02)
+        nn.init.xavier_uniform_(self.output_weight)
+        reset_linear_bias(self.output_bias, self.mixed_width)
+        if self.ffn_width:
+            for half in self.ffn_in_weight.data.chunk(2):
+                nn.init.xavier_uniform_(half)
+            nn.init.xavier_uniform_(self.ffn_out_weight)
+        self.reset_mixers()
+
+    def forward(self, x_TD: Tensor, context: MixingContext) -> Tensor:
+        u, v_TE, queries_keys = self.project(x_TD)
+        return self.finish(x_TD, u, self.mix(v_TE, queries_keys, context))
+
+    def project(self, x_TD: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+        """Gates [T, C * H * d], values [T, H * d], and queries beside keys [T, 2 * H * q]."""
+        values = self.num_heads * self.value_dim
+        z_TW = rms_norm(x_TD) @ self.input_weight
+        return silu_split(z_TW, (self.mixed_width, values, z_TW.shape[1] - self.mixed_width - values))
+
+    def finish(self, x_TD: Tensor, u: Tensor, y: Tensor) -> Tensor:
+        """The block's output from its input, the gates and what the channels mixed, [T, C * H * d] each."""
+        mixed = gated_rms_norm(u, y, self.dropout, self.training)
+        h_TD = F.linear(mixed, self.output_weight, self.output_bias) + x_TD
+        if not self.ffn_width:
+            return h_TD
+        g_TD = rms_norm(h_TD, self.dropout, self.training)
+        return F.linear(swiglu(F.linear(g_TD, self.ffn_in_weight)), self.ffn_out_weight) + h_TD
+
+    def mix(self, v_TE: Tensor, queries_keys: Tensor, context: MixingContext) -> Tensor:
+        """[T, C * H * d], per head the channels side by side."""
+        v_THd = v_TE.unflatten(1, (self.num_heads, self.value_dim))
+        parts = []
+        if self.mixers:
+            parts.append(self.mix_channels(v_THd, context))
+        if self.has_semantic:
+            q_THq, k_THq = queries_keys.unflatten(1, (2, self.num_heads, self.qk_dim)).unbind(1)
+            y_THd = silu_attention(q_THq, k_THq, v_THd, context.layout, scale=1 / self.padded_length)
+            parts.append(y_THd.unsqueeze(2))
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, 2)).flatten(1)
+
+
+class FuXiEncoder(MixingEncoder):
+    """A stack of FuXi blocks."""
+
+    def __init__(
+        self, config: ModelConfig, channels: Sequence[str], padded_length: int, time_unit: float = 1.0
+    ) -> None:
+        self.channels = ordered_channels(channels)
+        blocks = [FuXiBlock(config, self.channels, padded_length) for _ in range(config.num_blocks)]
+        super().__init__(config, blocks, padded_length, time_unit)
+
+    @property
+    def value_width(self) -> int:
+        """H * d."""
+        return self.blocks[0].num_heads * self.blocks[0].value_dim
+
+    def block_values(
+        self, embeddings_TD: Tensor, timestamps_T: Tensor, next_timestamps_T: Tensor, layout: JaggedLayout
+    ) -> Tensor:
+        """v of every block, [T, L, H * d]; arguments as of `forward`."""
+        self.check_fits(layout)
+        x_TD = self.input_step(embeddings_TD, layout.position_T)
+        context, values = self.batch_context(timestamps_T, next_timestamps_T, layout), []
+        for block in self.blocks:
+            u, v_TE, queries_keys = block.project(x_TD)
+            x_TD = block.finish(x_TD, u, block.mix(v_TE, queries_keys, context))
+            values.append(v_TE)
+        return torch.stack(values, 1)
+
+    def init_state(self, batch: int) -> StreamingState:
+        """The state of `batch` users without events, for `observe` and `query`. docs/streaming.md has an example.
+
+        Raises:
+            UserError: the encoder is in training mode, or has channels without a state of fixed size (the semantic and
+                the bucketed ones; of the functions of time only pow, exp and zero have one).
+        """
+        return streaming.empty_state(self, batch)
+
+    def state_of(self, embeddings_TD: Tensor, timestamps_T: Tensor, layout: JaggedLayout) -> StreamingState:
+        """The state after whole histories, in one full pass: as if `observe` had taken their events one by one. Each
+        history has at most padded_length events (UserError otherwise); a user may have none."""
+        return streaming.state_of(self, embeddings_TD, timestamps_T, layout)
+
+    def observe(self, state: StreamingState, item_embedding: Tensor, timestamp: Tensor) -> StreamingState:
+        """Takes one event of every user of the state, in place, and returns the state.
+
+        The pending event becomes final, since its next time is known now; the new one becomes pending.
+
+        Args:
+            item_embedding: float [B, D], as `forward` takes them.
+            timestamp: int64 [B] ticks (or one for all), not before the user's newest event.
+
+        Raises:
+            StateFull: users with padded_length events; nothing has changed.
+            ValueError: wrong shapes or types, or a time before the newest event's.
+        """
+        streaming.observe(self, state, item_embedding, timestamp)
+        return state
+
+    def query(self, state: StreamingState, at: Tensor) -> Tensor:
+        """The raw output [B, D] for a request at time `at`, int64 [B] ticks (or one for all); changes nothing. It equals
+        `forward` on the events so far, with `at` as the last row's next time."""
+        return streaming.query(self, state, at)
 
 
 def build_fuxi_beta(config: ModelConfig, padded_length: int, time_unit: float) -> FuXiEncoder:

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from fuxi_torchrec.config import ModelConfig
 from fuxi_torchrec.encoders.base import SequenceEncoder, reset_linear_bias
 from fuxi_torchrec.encoders.channels import BucketedTemporalChannel, PositionalChannel
-from fuxi_torchrec.ops.fused import dropout, layer_norm, silu_split
 from fuxi_torchrec.ops.jagged import JaggedLayout
 from fuxi_torchrec.ops.pointwise_attention import silu_attention
-from fuxi_torchrec.ops.time_maps import TimeGaps
-from fuxi_torchrec.ops.token_mixing import prepare
+from fuxi_torchrec.ops.row_wise.dispatch import dropout, layer_norm, silu_split
+from fuxi_torchrec.ops.token_mixing.dispatch import prepare
+from fuxi_torchrec.ops.token_mixing.time_gaps import TimeGaps
 
 EPS = 1e-6
 

@@ -14,7 +14,7 @@ from fuxi_torchrec.config import CHANNEL_PRESETS, ModelConfig
 from fuxi_torchrec.encoders.base import reset_linear_bias
 from fuxi_torchrec.encoders.hstu import EPS
 from fuxi_torchrec.encoders.mixing import MixingBlock, MixingContext, MixingEncoder
-from fuxi_torchrec.ops.fused import dropout, layer_norm, silu_split
+from fuxi_torchrec.ops.row_wise.dispatch import dropout, layer_norm, silu_split
 
 
 class HSTUBetaBlock(MixingBlock):

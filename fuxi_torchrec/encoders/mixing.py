@@ -13,8 +13,9 @@ from fuxi_torchrec.config import ModelConfig
 from fuxi_torchrec.encoders.base import SequenceEncoder
 from fuxi_torchrec.encoders.channels import BucketedTemporalChannel, FunctionalTemporalChannel, PositionalChannel
 from fuxi_torchrec.ops.jagged import JaggedLayout
-from fuxi_torchrec.ops.time_maps import Channel, TimeGaps
-from fuxi_torchrec.ops.token_mixing import mix_tokens, prepare
+from fuxi_torchrec.ops.token_mixing.dispatch import mix_tokens, prepare
+from fuxi_torchrec.ops.token_mixing.time_gaps import TimeGaps
+from fuxi_torchrec.ops.token_mixing.time_maps import Channel
 
 
 @dataclass

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from fuxi_torchrec.config import ModelConfig
 from fuxi_torchrec.encoders.base import SequenceEncoder, reset_linear_bias
 from fuxi_torchrec.errors import UserError
-from fuxi_torchrec.ops.fused import dropout, layer_norm, wide
 from fuxi_torchrec.ops.jagged import JaggedLayout, from_slots, to_slots
+from fuxi_torchrec.ops.row_wise.dispatch import dropout, layer_norm, wide
 
 EPS = 1e-8
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fuxi_torchrec.config import CHANNEL_PRESETS, ModelConfig
 from fuxi_torchrec.encoders.mixing import MixingBlock, MixingContext, MixingEncoder
 from fuxi_torchrec.encoders.sasrec import EPS, FeedForward, check_heads, reset_sasrec_positions
-from fuxi_torchrec.ops.fused import layer_norm
+from fuxi_torchrec.ops.row_wise.dispatch import layer_norm
 
 
 class SASRecBetaBlock(MixingBlock):

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from fuxi_torchrec.errors import UserError
-from fuxi_torchrec.ops.exponential_sums import B_RANGE, power_law_sum
 from fuxi_torchrec.ops.jagged import JaggedLayout
+from fuxi_torchrec.ops.token_mixing.exponential_sums import B_RANGE, power_law_sum
 
 STREAMED_FORMS = ("pow", "exp", "zero")
 """Functions of time whose past is a fixed number of sums."""

@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fuxi_torchrec.ops import jagged
-from fuxi_torchrec.ops.fused import wide
 from fuxi_torchrec.ops.jagged import JaggedLayout, LengthGroup, Slots, from_padded, from_slots, to_padded, to_slots
-from fuxi_torchrec.ops.mixing_blocked import lag_strip, sum_diagonals
-from fuxi_torchrec.ops.time_maps import TIME_MAPS, StripGaps, TimeGaps, gap_feature
+from fuxi_torchrec.ops.row_wise.dispatch import wide
+from fuxi_torchrec.ops.token_mixing.time_gaps import StripGaps, TimeGaps, gap_feature
+from fuxi_torchrec.ops.token_mixing.time_maps import TIME_MAPS
+from fuxi_torchrec.ops.token_mixing.toeplitz import lag_strip, sum_diagonals
 
 TILE_ENTRIES = 2**18
 """Entries of all heads' and users' maps that exist at a time; they stay in the cache."""

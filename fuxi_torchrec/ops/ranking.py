@@ -12,7 +12,7 @@ from typing import Iterator, List, NamedTuple, Protocol, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from fuxi_torchrec.ops.sampled_softmax import l2_normalize
+from fuxi_torchrec.ops.row_wise.dispatch import l2_normalize
 
 QUERY_BLOCK = 512
 ITEM_BLOCK = 4096

@@ -8,11 +8,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from pipeline_cases import items_of, tree, users_of
 
 from data_pipelines import tables
 from data_pipelines.events import prepare_events
 from fuxi_torchrec.errors import UserError
+from tests.helpers.pipeline_cases import items_of, tree, users_of
 
 LOG = "user,item,time\n7,30,5\n7,20,5\n7,10,1\n8,20,7\n8,20,7\n9,30,8\n"
 

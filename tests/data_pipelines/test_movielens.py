@@ -3,11 +3,21 @@
 import hashlib
 
 import pytest
-from pipeline_cases import LAYOUTS, MOVIES, RATINGS, items_of, layout_files, tree, users_of, write_folder, write_zip
 
 from data_pipelines.movielens import prepare_movielens
-from fuxi_torchrec.data_format import read_identity
+from fuxi_torchrec.data.format import read_identity
 from fuxi_torchrec.errors import UserError
+from tests.helpers.pipeline_cases import (
+    LAYOUTS,
+    MOVIES,
+    RATINGS,
+    items_of,
+    layout_files,
+    tree,
+    users_of,
+    write_folder,
+    write_zip,
+)
 
 
 @pytest.mark.parametrize("container", ["zip", "folder", "folder of the unpacked zip"])

@@ -5,10 +5,10 @@ import sys
 
 import pytest
 from jsonargparse import ArgumentParser
-from pipeline_cases import layout_files, users_of, write_zip
 
 from data_pipelines import cli
-from fuxi_torchrec.data_format import read_identity
+from fuxi_torchrec.data.format import read_identity
+from tests.helpers.pipeline_cases import layout_files, users_of, write_zip
 
 
 def parse(words):

@@ -6,13 +6,13 @@ import os
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from pipeline_cases import items_of, tree, users_of
 
 from data_pipelines.generator import Generator
 from data_pipelines.movielens import prepare_movielens
 from data_pipelines.movielens_like import make_titles, write_movielens_archive
 from data_pipelines.synthetic import prepare_synthetic
 from fuxi_torchrec.errors import UserError
+from tests.helpers.pipeline_cases import items_of, tree, users_of
 
 
 def law_of(folder, identity):

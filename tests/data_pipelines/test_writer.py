@@ -1,4 +1,4 @@
-"""What lands on disk: data_format's schema, row groups for every rank, complete or absent, same input same bytes."""
+"""What lands on disk: data/format's schema, row groups for every rank, complete or absent, same input same bytes."""
 
 import errno
 import os
@@ -8,7 +8,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from iopath.common.file_io import NativePathHandler
-from pipeline_cases import layout_files, tree, users_of, write_zip
 
 from data_pipelines import writer as writer_module
 from data_pipelines.events import prepare_events
@@ -16,9 +15,10 @@ from data_pipelines.movielens import prepare_movielens
 from data_pipelines.output import OutputFolder
 from data_pipelines.synthetic import prepare_synthetic
 from data_pipelines.writer import Sequences, SequenceWriter
-from fuxi_torchrec.data_format import ITEM_COLUMNS, SEQUENCE_FIELDS, read_identity
+from fuxi_torchrec.data.format import ITEM_COLUMNS, SEQUENCE_FIELDS, read_identity
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.paths import path_manager
+from tests.helpers.pipeline_cases import layout_files, tree, users_of, write_zip
 
 
 def random_sequences(users: int, seed: int = 0) -> Sequences:

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from tests.launch.dryrun import ROOT
+from tests.helpers.dryrun import ROOT
 
 
 @pytest.fixture

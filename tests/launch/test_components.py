@@ -7,8 +7,8 @@ from torchx.specs.file_linter import get_fn_docstring, validate
 
 from launch import components, environment
 from launch.hosts import HOSTS
-from launch.jobs import Place
-from tests.launch.dryrun import ROOT, refused
+from launch.place import Place
+from tests.helpers.dryrun import ROOT, refused
 
 TRAIN = "launch/components.py:train"
 SMOKE = ("--config", "configs/smoke/fuxi-beta.yaml")

@@ -3,7 +3,7 @@
 import pytest
 from torchx.schedulers import slurm_scheduler
 
-from tests.launch.dryrun import documented, dryrun, normalised, shown
+from tests.helpers.dryrun import documented, dryrun, normalised, shown
 
 
 @pytest.mark.parametrize("scheduler, heading", [("slurm", "16 nodes on Slurm"), ("kubernetes", "16 nodes on Kubernetes")])

@@ -8,8 +8,8 @@ import sys
 import time
 from pathlib import Path
 
-from tests.launch.dryrun import ROOT
-from tests.launches import SMALL
+from tests.helpers.dryrun import ROOT
+from tests.helpers.launches import SMALL
 
 MARK = b"FUXI_TEST_OF_CTRL_C=1"
 

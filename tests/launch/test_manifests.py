@@ -10,7 +10,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from tests.launch.dryrun import ROOT, documented, dryrun
+from tests.helpers.dryrun import ROOT, documented, dryrun
 
 KUBERNETES = "1.34"
 NAME = {"type": "string", "maxLength": 63, "pattern": "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"}

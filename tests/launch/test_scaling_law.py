@@ -6,12 +6,13 @@ import os
 import numpy as np
 import pytest
 
-from fuxi_torchrec import cli
-from launch import scaling_law, sweep
-from launch.scaling_fit import Cost, Law, fit, frontier
-from launch.sweep_plan import read_plan
-from launch.sweep_table import write_results
-from tests.launch.test_sweep import write_sweep
+from fuxi_torchrec.cli import main as cli
+from launch.scaling_law import __main__ as scaling_law
+from launch.scaling_law.fit import Cost, Law, fit, frontier
+from launch.sweep import __main__ as sweep
+from launch.sweep.plan import read_plan
+from launch.sweep.table import write_results
+from tests.helpers.sweeps import write_sweep
 
 TRUE = Law(E=5.0, A=8.0, alpha=0.4, B=300.0, beta=0.5)
 NOISE = 0.001  # of log L: 0.005 nats

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.launch.slurm import ROOT, Slurm, until
+from tests.helpers.slurm import ROOT, Slurm, until
 
 pytestmark = pytest.mark.slurm
 TRAIN = f"{ROOT}/launch/components.py:train"

@@ -12,38 +12,18 @@ import time
 
 import pyarrow.parquet as pq
 import pytest
-import yaml
 
-from fuxi_torchrec import cli
-from fuxi_torchrec.config_io import load_config
-from fuxi_torchrec.dataset import SequenceDataset, windows
-from fuxi_torchrec.flops import training_flops
-from fuxi_torchrec.outcome import read_outcome
-from launch import sweep
-from launch.orphans import MARK, orphans, stop_orphans
-from launch.sweep_plan import read_plan
-
-ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-SMOKE = os.path.join(ROOT, "configs", "smoke", "fuxi-beta.yaml")
-# Small enough that a start costs more than the training.
-SMALL = {
-    "data.max_sequence_length": 20,
-    "data.batch_size": 16,
-    "loss.num_negatives": 10,
-    "model.embedding_dim": 8,
-    "model.value_dim": 8,
-    "evaluation.every_epochs": None,
-    "trainer.device": "cpu",
-    "trainer.max_epochs": 1,
-    "trainer.log_every_steps": 1,
-}
-
-
-def write_sweep(folder, **values):
-    path = folder / "sweep.yaml"
-    path.write_text(yaml.safe_dump({"config": SMOKE, "set": SMALL, **values}, sort_keys=False))
-    return str(path)
-
+from fuxi_torchrec.cli import main as cli
+from fuxi_torchrec.config.parsing import load_config
+from fuxi_torchrec.data.dataset import SequenceDataset
+from fuxi_torchrec.data.splits import windows
+from fuxi_torchrec.profiling.flops import training_flops
+from fuxi_torchrec.run.outcome import read_outcome
+from launch.sweep import __main__ as sweep
+from launch.sweep.orphans import MARK, orphans, stop_orphans
+from launch.sweep.plan import read_plan
+from tests.helpers.command_line import ROOT, SMOKE
+from tests.helpers.sweeps import SMALL, write_sweep
 
 SWEEPS = {"scaling-law": 36, "scaling-law-floor": 20, "encoders": 36, "ml-1m-tuning": 9}
 

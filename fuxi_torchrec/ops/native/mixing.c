@@ -1,5 +1,5 @@
 /* FuXi's token mixing, y_c = A_c v per user, causal, on jagged rows: no padding, and of the maps only the few rows that
-are being multiplied ever exist, in the cache (ops/token_mixing.py has the mathematics).
+are being multiplied ever exist, in the cache (ops/token_mixing/dispatch.py has the mathematics).
 
 Shapes: T tokens, H heads, d value size per head, E = H d, P = E rounded up to 16, C channels, n rows of a user. Work is cut
 into tasks, some rows (forward) or columns (backward) of one user's maps; threads take them as they come, and sums over

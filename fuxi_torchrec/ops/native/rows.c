@@ -1,4 +1,4 @@
-/* Norms, gates and dropout, row by row: one pass over memory forward and one backward (ops/fused.py).
+/* Norms, gates and dropout, row by row: one pass over memory forward and one backward (ops/row_wise/dispatch.py).
 
 Shapes: T rows, W columns; `ld` is the distance between rows of a view, contiguous where none is given. Dropout keeps an
 element where its random bits are at least `threshold` = p 2^32 and multiplies it by `factor`; threshold 0 keeps all. The

@@ -1,5 +1,5 @@
 /* Sampled softmax with K negatives a token: loss and all three gradients in one pass over the tokens, then one over the
-candidates (ops/sampled_softmax.py, per_token).
+candidates (ops/sampled_softmax/dispatch.py, per_token).
 
 Shapes: T tokens, K negatives, U candidates, D columns, a multiple of 16 (zero columns change no product). */
 #include "vector.h"

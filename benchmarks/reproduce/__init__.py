@@ -1,0 +1,1 @@
+"""The papers' tables on MovieLens, run and written down."""

@@ -1,0 +1,222 @@
+"""The papers' table on one data set: every tower and every ablation of FuXi-β, run (or gone on with), and its page.
+
+    fuxi-torchrec prepare movielens --source ml-1m.zip --output data/ml-1m
+    python -m benchmarks.reproduce ml-1m [--models fuxi-beta hstu …] [--epochs 26] [--seeds 0 1] [--jobs 2]
+    python -m benchmarks.reproduce ml-1m --page-only     # docs/results/ml-1m.md again, from docs/results/ml-1m/
+
+A run is a folder, runs/reproduce/ml-1m/MODEL/seed-S. One that has its epochs is left alone, one that was cut off or is to
+have more epochs goes on from its checkpoint. What is kept of each goes to docs/results/ml-1m/, small files that can be
+committed. Several runs beside each other get one thread each, or an equal share of the cores.
+"""
+
+import argparse
+import fcntl
+import json
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Dict, List, Optional
+
+from fuxi_torchrec.config.parsing import load_config
+from fuxi_torchrec.data.format import read_identity
+from fuxi_torchrec.errors import UserError
+from fuxi_torchrec.files import write_aside
+from fuxi_torchrec.run.folder import RunFolder
+from fuxi_torchrec.run.outcome import read_outcome
+
+DATA_SETS = {"ml-1m": "ml-1m", "ml-100k": "ml-1m", "ml-20m": "ml-20m"}  # and the folder of its configs
+SPLITS = ("leave_one_out", "leave_two_out")
+CONFIGS = "configs"
+RESULTS = os.path.join("docs", "results")
+NOTES = "notes.md"  # what a person has to say about the results
+STEPS = "step-seconds.json"  # what benchmarks.reproduce.step_seconds wrote, for the table's step times
+PUBLISHED = re.compile(r"(.+)-sampled-softmax-n128-(large-)?final\.yaml")
+# First the rows that the papers' claims stand on.
+FIRST = ("fuxi-beta", "fuxi-beta-no-temporal", "fuxi-beta-semantic", "fuxi-alpha", "hstu", "sasrec", "flash")
+# Configs of one model under two names; the first one's run stands for both.
+SAME = {"fuxi-beta-pow": "fuxi-beta", "fuxi-alpha-functional": "fuxi-beta-semantic"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that is to have `epochs` epochs, in `folder`."""
+
+    model: str
+    seed: int
+    config: str
+    epochs: int
+    folder: str
+    options: List[str]
+
+    def is_done(self) -> bool:
+        if (read_outcome(self.folder) or {}).get("status") != "finished":
+            return False
+        return RunFolder.open(self.folder).config().trainer.max_epochs >= self.epochs
+
+
+def configs_of(data: str) -> Dict[str, str]:
+    """{model: path of its config}: a data set's published runs, large ones as MODEL-large, and the ablations."""
+    folder, found = os.path.join(CONFIGS, DATA_SETS[data]), {}
+    for name in sorted(os.listdir(folder)):
+        published = PUBLISHED.fullmatch(name)
+        if published:
+            found[published[1] + ("-large" if published[2] else "")] = os.path.join(folder, name)
+        elif name.endswith(".yaml"):
+            found[name[: -len(".yaml")]] = os.path.join(folder, name)
+    ablations = os.path.join(folder, "ablations")
+    for name in sorted(os.listdir(ablations)) if os.path.isdir(ablations) else []:
+        found[name[: -len(".yaml")]] = os.path.join(ablations, name)
+    rest = [model for model in found if model not in FIRST]
+    return {model: found[model] for model in (*FIRST, *sorted(rest, key=lambda m: "large" in m)) if model in found}
+
+
+def plan(options: argparse.Namespace) -> List[Job]:
+    """The table's runs, in order. Raises UserError for an unknown model, and for data that is not prepared."""
+    known = configs_of(options.data)
+    if unknown := [model for model in options.models or [] if model not in known]:
+        raise UserError(f"--models: {unknown[0]} is none of {', '.join(known)}")
+    path = options.data_path or os.path.join("data", options.data)
+    try:
+        read_identity(path)
+    except UserError:
+        raise UserError(
+            f"{path}: {options.data} is not prepared here; run 'fuxi-torchrec prepare movielens --source "
+            f"{options.data}.zip --output {path}', or name its folder with --data-path"
+        ) from None
+    jobs = []
+    for model in options.models or [model for model in known if model not in SAME]:
+        base = load_config(known[model])
+        epochs = options.epochs or base.trainer.max_epochs
+        for seed in options.seeds or ([0, 1] if model == "fuxi-beta" else [0]):
+            folder = os.path.join(_runs(options), model, f"seed-{seed}")
+            settings = {"data.path": path, "data.split": options.split, "trainer.seed": seed, "trainer.max_epochs": epochs}
+            words = [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
+            jobs.append(Job(model, seed, known[model], epochs, folder, words))
+    return jobs
+
+
+def _runs(options: argparse.Namespace) -> str:
+    name = options.data if options.split == "leave_one_out" else f"{options.data}-{options.split}"
+    return os.path.join(options.runs, name)
+
+
+def train(job: Job, threads: int) -> int:
+    """Runs a job by the command that a user would type; its output goes to train.log in its folder. The exit code."""
+    command = [sys.executable, "-m", "fuxi_torchrec", "train", job.config, *job.options, "--output", job.folder, "--resume"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    os.makedirs(job.folder, exist_ok=True)
+    with open(os.path.join(job.folder, "train.log"), "a") as log:
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # two processes in one folder would spoil it
+        except OSError:
+            raise UserError(f"{job.folder}: another reproduction is training this run") from None
+        return subprocess.run(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment).returncode
+
+
+def run_all(jobs: List[Job], beside: int) -> bool:
+    """Trains what is not done, `beside` runs at a time; whether all went well."""
+    left = [job for job in jobs if not job.is_done()]
+    for job in jobs:
+        if job not in left:
+            print(f"{job.folder}: done already", flush=True)
+    beside = max(1, min(beside, len(left)))
+    threads = max(1, (os.cpu_count() or 1) // beside)
+
+    def one(job: Job) -> int:
+        print(f"{job.folder}: {job.epochs} epochs of {job.config}", flush=True)
+        code = train(job, threads)
+        log = os.path.join(job.folder, "train.log")
+        print(f"{job.folder}: {'finished' if code == 0 else f'failed with code {code}, see {log}'}", flush=True)
+        return code
+
+    with ThreadPoolExecutor(beside) as pool:
+        return not any(list(pool.map(one, left)))
+
+
+def write_page(options: argparse.Namespace) -> str:
+    """Takes up what the runs have left, and writes tables and plots; the page's path."""
+    from benchmarks.reproduce.page import page, read_steps
+    from benchmarks.reproduce.plots import draw_all
+    from benchmarks.reproduce.records import read_records, record_of
+
+    folder = os.path.join(options.results, options.data)
+    known = {record.name: record for record in read_records(folder)}
+    for split in SPLITS:
+        runs = _runs(argparse.Namespace(**{**vars(options), "split": split}))
+        for model in sorted(os.listdir(runs)) if os.path.isdir(runs) else []:
+            for seed in sorted(os.listdir(os.path.join(runs, model))):
+                suffix = "" if split == "leave_one_out" else f"{split.replace('_', '-')}-"
+                record = record_of(os.path.join(runs, model, seed), model, known.get(f"{model}-{suffix}{seed}"))
+                if record:
+                    record.write(folder)
+    records = read_records(folder)
+    if not records:
+        raise UserError(f"{folder}: no results yet; run the table first")
+    steps = read_steps(os.path.join(folder, STEPS), configs_of(options.data))
+    plots = draw_all(records, steps, folder)
+    path = os.path.join(options.results, f"{options.data}.md")
+    notes = os.path.join(folder, NOTES)
+    if os.path.exists(notes):
+        with open(notes, encoding="utf-8") as file:
+            notes = file.read()
+    else:
+        notes = ""
+    write_aside(path, page(options.data, records, _floor(options, folder), steps, plots, notes))
+    return path
+
+
+def _floor(options: argparse.Namespace, folder: str) -> Dict[str, Any]:
+    """{split: {"test": {baseline: metrics}, …}}, counted once and kept beside the records."""
+    kept = os.path.join(folder, "baselines.json")
+    if os.path.exists(kept):
+        with open(kept, encoding="utf-8") as file:
+            return json.load(file)
+    path = options.data_path or os.path.join("data", options.data)
+    try:
+        read_identity(path)
+    except UserError:
+        return {}
+    from benchmarks.reproduce.baselines import baselines
+    from fuxi_torchrec.config import Config, DataConfig, evaluation_splits
+    from fuxi_torchrec.data.dataset import SequenceDataset
+
+    floor: Dict[str, Any] = {}
+    for split in SPLITS:
+        config, dataset = Config(data=DataConfig(split=split)), SequenceDataset(path)
+        floor[split] = {name: baselines(dataset, config, name) for name in evaluation_splits(config.data)}
+    write_aside(kept, json.dumps(floor, indent=1) + "\n")
+    return floor
+
+
+def parse(arguments: Optional[List[str]] = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", choices=list(DATA_SETS))
+    parser.add_argument("--models", nargs="+", help="names of configs; default: all")
+    parser.add_argument("--epochs", type=int, help="default: the config's")
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: 0, and 1 for fuxi-beta")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time; default: one a core")
+    parser.add_argument("--split", choices=SPLITS, default=SPLITS[0], help="leave_two_out chooses models on validation")
+    parser.add_argument("--data-path", help="the prepared data set; default: data/NAME")
+    parser.add_argument("--runs", default=os.path.join("runs", "reproduce"), help="where the run folders are")
+    parser.add_argument("--results", default=RESULTS, help="where page, plots and records go")
+    parser.add_argument("--page-only", action="store_true", help="run nothing: make the page from what there is")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Optional[List[str]] = None) -> int:
+    """Exit codes: 0 every run finished, 1 some failed, 2 a mistake (one line)."""
+    options = parse(arguments)
+    try:
+        finished = options.page_only or run_all(plan(options), options.jobs)
+        print(f"written to {write_page(options)}")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0 if finished else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Timing training steps by stage, encoder and length, on random data."""

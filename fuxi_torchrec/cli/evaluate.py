@@ -1,0 +1,45 @@
+"""`fuxi-torchrec evaluate`."""
+
+import sys
+from typing import List
+
+from fuxi_torchrec.cli.output import _print_splits, _write
+from fuxi_torchrec.errors import UserError
+
+
+def _evaluate(arguments: List[str]) -> int:
+    from fuxi_torchrec.cli.options import add_model_options, saved_model
+    from fuxi_torchrec.config.parsing import OneLineParser
+
+    parser = OneLineParser(prog="fuxi-torchrec evaluate", description="Ranks every user's target by a saved model.")
+    parser.add_argument("run", type=str, help="Run folder.")
+    parser.add_argument("--split", type=str, default="test", help="test, or validation where the run's split has one.")
+    add_model_options(parser)
+    parser.add_argument("--output", type=str, default=None, help="Also write the metrics to this JSON file.")
+    options = parser.parse_args(arguments)
+    with saved_model(options) as saved:
+        from fuxi_torchrec.config import evaluation_splits
+        from fuxi_torchrec.evaluation.evaluate import evaluate
+        from fuxi_torchrec.evaluation.popularity import popularity
+
+        splits = evaluation_splits(saved.config.data)
+        if options.split not in splits:
+            raise UserError(f"--split {options.split}: this run's data.split has {' and '.join(splits)}")
+        metrics = evaluate(saved.model, saved.dataset, saved.config, options.split, saved.world)
+        if not saved.world.is_main:
+            return 0
+        line = {"split": options.split, "step": saved.step, "epoch": saved.epoch, "checkpoint": options.checkpoint}
+        results = {options.split: metrics}
+        results[f"popularity {options.split}"] = popularity(saved.dataset, saved.config, options.split)
+        _print_splits(results, saved.dataset, saved.config, options.run)
+        try:
+            saved.run.append({**line, **metrics, "command": "evaluate"})
+        except OSError as error:  # somebody else's run may be evaluated
+            print(f"not added to {options.run}'s metrics.jsonl: {error.strerror}", file=sys.stderr)
+        if options.output:
+            import json
+
+            from fuxi_torchrec.files import write_aside
+
+            _write(options.output, lambda: write_aside(options.output, json.dumps({**line, **metrics}, indent=2) + "\n"))
+    return 0

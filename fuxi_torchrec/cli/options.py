@@ -1,0 +1,27 @@
+"""The options of every command that uses a run's saved model. No torch until `saved_model` is called."""
+
+import os
+from typing import Any
+
+
+def add_model_options(parser: Any) -> None:
+    parser.add_argument("--checkpoint", type=str, default="best", help="best, last, or a folder under checkpoints/.")
+    parser.add_argument("--data.path", type=str, default=None, help="The data set, if it has moved since training.")
+    parser.add_argument("--device", type=str, default=None, help="auto, cpu or cuda; default: as trained.")
+
+
+def saved_model(options: Any) -> Any:
+    """A run's model, loaded; a context manager. `options` has "run" and those of `add_model_options`."""
+    from fuxi_torchrec.run.folder import RunFolder
+    from fuxi_torchrec.versions import check_environment
+
+    run = RunFolder.open(options.run)
+    path = options.data.path
+    overrides = [] if path is None else ["--data.path", path if "://" in path else os.path.abspath(path)]
+    if options.device is not None:
+        overrides += ["--trainer.device", options.device]
+    config = run.config(overrides)
+    check_environment(config.trainer.device)
+    from fuxi_torchrec.evaluation.load_model import open_model
+
+    return open_model(run, config, options.checkpoint)

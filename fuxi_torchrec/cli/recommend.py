@@ -1,0 +1,58 @@
+"""`fuxi-torchrec recommend`."""
+
+from typing import List
+
+from fuxi_torchrec.cli.output import _write
+from fuxi_torchrec.errors import UserError
+
+
+def _recommend(arguments: List[str]) -> int:
+    from fuxi_torchrec.cli.options import add_model_options, saved_model
+    from fuxi_torchrec.config.parsing import OneLineParser
+
+    parser = OneLineParser(prog="fuxi-torchrec recommend", description="Top-k items, seen ones left out.")
+    parser.add_argument("run", type=str, help="Run folder.")
+    parser.add_argument("--users", type=str, default=None, help="User ids of the data set, 1,2,3.")
+    parser.add_argument("--history", type=str, default=None, help="Item ids, oldest first: item,item or item@time,….")
+    parser.add_argument("--k", type=int, default=10, help="Items a user.")
+    parser.add_argument("--at", type=str, default=None, help="Request time in ticks; default: the data set's newest.")
+    parser.add_argument("--include-seen", action="store_true", help="Recommend items of the history too.")
+    add_model_options(parser)
+    parser.add_argument("--output", type=str, default=None, help="Write to this Parquet file instead of printing.")
+    options = parser.parse_args(arguments)
+    if (options.users is None) == (options.history is None):
+        raise UserError("recommend: give either --users or --history")
+    if options.k < 1:
+        raise UserError(f"--k: {options.k} must be at least 1")
+    with saved_model(options) as saved:
+        from fuxi_torchrec.evaluation import recommend as rec
+
+        requested = None if options.at is None else rec.to_int64(options.at, "--at")
+        catalogue = rec.Catalogue(saved.dataset)
+        if options.users is not None:
+            requests = rec.user_requests(saved.dataset, [user.strip() for user in options.users.split(",")])
+        else:
+            at = saved.dataset.identity.max_timestamp if requested is None else requested
+            requests = [rec.history_request(options.history, catalogue, at)]
+        scores, items = rec.recommend(
+            saved.model, saved.dataset, saved.config, saved.world, requests, options.k, requested, options.include_seen
+        )
+        table = rec.to_table(requests, scores, items, catalogue)
+        if not saved.world.is_main:
+            return 0
+    if options.output:
+        import pyarrow.parquet as pq
+
+        from fuxi_torchrec.files import file_aside
+
+        def write() -> None:
+            with file_aside(options.output) as aside:
+                pq.write_table(table, aside)
+
+        _write(options.output, write)
+        print(f"{table.num_rows} recommendations written to {options.output}")
+    else:
+        from fuxi_torchrec.run.reporting import print_recommendations
+
+        print_recommendations(table)
+    return 0

@@ -1,0 +1,91 @@
+"""`fuxi-torchrec train`."""
+
+import os
+import sys
+from typing import Any, List
+
+from fuxi_torchrec.cli.output import _print_splits
+from fuxi_torchrec.errors import UserError
+
+
+def _train(arguments: List[str]) -> int:
+    from fuxi_torchrec.config.parsing import OneLineParser, add_config_arguments, parse_config, to_yaml
+
+    parser = OneLineParser(
+        prog="fuxi-torchrec train",
+        usage="fuxi-torchrec train CONFIG.yaml [--data.path DIR] [--output RUN_DIR] [--section.key value …]",
+        description="Trains the run that CONFIG.yaml describes; every key can be overridden by a dotted option.",
+    )
+    parser.add_argument("--output", type=str, default=None, help="Run folder; default runs/<config's name>.")
+    parser.add_argument("--resume", action="store_true", help="Go on from the run folder's last checkpoint, if any.")
+    parser.add_argument("--profile", action="store_true", help="Write a trace of some early steps to RUN_DIR/profile/.")
+    parser.add_argument("--print-config", action="store_true", help="Print the resolved config as YAML and stop.")
+    add_config_arguments(parser)
+    if any(argument in ("-h", "--help") for argument in arguments):
+        parser.parse_args(["--help"])
+    if not arguments or arguments[0].startswith("-"):
+        raise UserError("train: name a config first, as in 'fuxi-torchrec train configs/smoke/fuxi-beta.yaml'")
+    path, *options = arguments
+    config, namespace = parse_config(parser, path, options)
+    if namespace.print_config:
+        print(to_yaml(config), end="")
+        return 0
+    if not config.data.path:
+        raise UserError("data.path: no data set named; give --data.path DIR (made by 'fuxi-torchrec prepare')")
+    output = namespace.output or os.path.join("runs", os.path.splitext(os.path.basename(path))[0])
+    return _run_training(config, output, namespace.resume, namespace.profile)
+
+
+def _run_training(config: Any, output: str, resume: bool, profile: bool) -> int:
+    from fuxi_torchrec.config.rules import check_table
+    from fuxi_torchrec.data.format import read_identity
+
+    if "://" not in config.data.path:
+        config.data.path = os.path.abspath(config.data.path)
+    read_identity(config.data.path)  # before the seconds that importing torch takes
+    from fuxi_torchrec.versions import check_environment
+
+    check_environment(config.trainer.device)
+    from fuxi_torchrec.data.dataset import SequenceDataset, check_enough_data
+    from fuxi_torchrec.data.splits import check_splits
+    from fuxi_torchrec.distributed.failures import Interrupted, check_same_start, fail_together
+    from fuxi_torchrec.distributed.world import device_type, start_world
+    from fuxi_torchrec.run.outcome import recorded_outcome
+    from fuxi_torchrec.training.compile import check_compiler
+    from fuxi_torchrec.training.trainer import Trainer
+
+    trainer = config.trainer
+    check_table(config, device_type(trainer.device))
+    if trainer.compile:
+        check_compiler(device_type(trainer.device))
+    world_of_all = start_world(trainer.device, trainer.timeout_minutes)
+    with recorded_outcome() as outcome, world_of_all as world, fail_together(world):
+        dataset = SequenceDataset(config.data.path)
+        check_same_start(world, config.to_dict(), output, dataset.identity.content_checksum)
+        check_enough_data(dataset, world.size)
+        check_splits(dataset, config.data)
+        run, resume = _start_run(output, config, dataset, resume, world)
+        if world.is_main:
+            outcome.begin(run)
+        training = Trainer(config, dataset, run, world, resume, profile)
+        try:
+            results = training.fit()
+        except Interrupted as stopped:
+            outcome.end("interrupted", str(stopped))
+            if world.is_main:
+                print(f"{stopped} (saved in {output})", file=sys.stderr)
+            return stopped.code
+        if world.is_main:
+            outcome.end("finished", **training.counted())
+            _print_splits(results, dataset, config, output)
+    return 0
+
+
+def _start_run(output: str, config: Any, dataset: Any, resume: bool, world: Any) -> Any:
+    """The run's folder, which rank 0 makes, and whether the run is resumed."""
+    from fuxi_torchrec.run.folder import RunFolder
+
+    run = RunFolder(output)
+    if world.is_main:
+        run, resume = RunFolder.start(output, config, dataset.identity, resume)
+    return run, world.from_main(resume)

@@ -1,0 +1,100 @@
+"""Configs from YAML files and the command line, by jsonargparse; and back to YAML."""
+
+import dataclasses
+import difflib
+import sys
+from typing import Any, Dict, List, NoReturn, Optional
+
+import yaml
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from fuxi_torchrec.config.rules import check
+from fuxi_torchrec.config.schema import Config
+from fuxi_torchrec.errors import UserError
+
+# The docstrings under the config's fields are the help of their options.
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+class OneLineParser(ArgumentParser):
+    """A parser whose complaints are one line and exit code 2, and that takes no abbreviated options."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def error(self, message: str, ex: Optional[Exception] = None) -> NoReturn:
+        line = " ".join(part.strip() for part in str(message).splitlines() if part.strip())
+        sys.stderr.write(f"error: {line} (see {self.prog} --help)\n")
+        raise SystemExit(2)
+
+
+def add_config_arguments(parser: OneLineParser) -> None:
+    """`--config FILE` (any number, later ones win) and one dotted option for every key of Config."""
+    parser.add_argument("--config", action="config", help="YAML file; options after it override it.")
+    parser.add_class_arguments(Config)
+
+
+def check_file(path: str) -> None:
+    """Raises UserError, naming file and key, for a config file that is missing, is no YAML, or has an unknown key."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = yaml.safe_load(file)
+    except OSError as error:
+        raise UserError(f"{path}: cannot read this config file ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    check_keys(path, values or {})
+
+
+def check_keys(path: str, values: Any) -> None:
+    """Raises UserError, naming `path`, for a key of the nested `values` that no config has."""
+    _check_keys(path, values, _known_keys(), prefix="")
+
+
+def _known_keys() -> Dict[str, Any]:
+    sections = {field.name: field.default_factory for field in dataclasses.fields(Config)}
+    return {name: {field.name: None for field in dataclasses.fields(section)} for name, section in sections.items()}
+
+
+def _check_keys(path: str, values: Any, known: Dict[str, Any], prefix: str) -> None:
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: {prefix.rstrip('.') or 'the file'} must hold keys and values, not {values!r}")
+    for key, value in values.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {prefix}{near[0]}?" if near else f"; known here: {', '.join(known)}"
+            raise UserError(f"{path}: unknown key {prefix}{key}{hint}")
+        if known[key] is not None:
+            _check_keys(path, {} if value is None else value, known[key], f"{prefix}{key}.")
+
+
+def parse_config(parser: OneLineParser, path: str, arguments: List[str]) -> Any:
+    """Parses a config file with command-line options on top; returns (Config, namespace)."""
+    return parse_options(parser, ["--config", path, *arguments])
+
+
+def parse_options(parser: OneLineParser, arguments: List[str]) -> Any:
+    """Parses command-line options alone, the config's defaults below them; returns (Config, namespace)."""
+    files = [after for option, after in zip(arguments, arguments[1:]) if option == "--config"]
+    files += [word.split("=", 1)[1] for word in arguments if word.startswith("--config=")]
+    for file in files:
+        check_file(file)
+    namespace = parser.instantiate(parser.parse_args(arguments))
+    config = Config(**{field.name: getattr(namespace, field.name) for field in dataclasses.fields(Config)})
+    check(config)
+    return config, namespace
+
+
+def load_config(path: str, overrides: Optional[List[str]] = None) -> Config:
+    """The checked Config of a YAML file, with dotted options on top. Raises UserError (or exits with code 2 for a
+    value of the wrong type, like the command line)."""
+    parser = OneLineParser(prog="fuxi-torchrec train")
+    add_config_arguments(parser)
+    return parse_config(parser, path, overrides or [])[0]
+
+
+def to_yaml(config: Config) -> str:
+    """Every key of the config, as YAML that `load_config` reads back."""
+    values = config.to_dict()
+    values["optimizer"]["betas"] = list(values["optimizer"]["betas"])
+    return yaml.safe_dump(values, sort_keys=False)

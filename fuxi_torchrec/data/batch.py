@@ -1,0 +1,137 @@
+"""SequenceBatch: what a training or evaluation step takes, as plain attributes that a pipeline can send ahead.
+
+Shape suffixes: B users, E events (each user's window with its target), T = E − B positions that predict something,
+K negatives a position.
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, Callable, List, Optional
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.streamable import Pipelineable
+
+from fuxi_torchrec.data.dataset import UserRows, ranges
+from fuxi_torchrec.data.negative_sampler import Negatives, NegativeSampler
+from fuxi_torchrec.data.splits import Windows
+
+EVENTS, NEGATIVES = "events", "negatives"
+
+
+@dataclass
+class SequenceBatch(Pipelineable):
+    """Users' windows x_1 … x_{n+1}: the first n events are the inputs, the last n what they should predict.
+
+    ids: KeyedJaggedTensor with the keys events [E] (int64) and negatives (unique ids or a pool, all in the first
+        sample, since every key shares one number of samples; empty where there is no loss to take).
+    timestamps_E: int64 ticks of the events.
+    input_index_T: int64 positions of the inputs among the events; their targets stand one behind.
+    offsets_B1: int64, inputs of user b are [offsets[b], offsets[b + 1]).
+    host_lengths: every user's n, on the host, so that a tower can plan its work without asking the device.
+    has_negatives: the batch was collated with a sampler: there is a loss to take.
+    negative_index_TK … item_share_P: see negatives.Negatives, whose fields they are.
+    user_ids_B: int64, on the host.
+    target_log_prob_B: float64 on the host, the generator's own log p of each user's last event (synthetic data).
+    position: the loader's position behind this batch (what a checkpoint keeps).
+    """
+
+    ids: KeyedJaggedTensor
+    timestamps_E: Tensor
+    input_index_T: Tensor
+    offsets_B1: Tensor
+    host_lengths: List[int]
+    user_ids_B: Tensor
+    has_negatives: bool = False
+    negative_index_TK: Optional[Tensor] = None
+    positive_index_T: Optional[Tensor] = None
+    in_batch_index_N: Optional[Tensor] = None
+    in_batch_kept: float = 1.0
+    expected_draws_P: Optional[Tensor] = None
+    item_share_P: Optional[Tensor] = None
+    target_log_prob_B: Optional[Tensor] = None
+    position: Any = None
+
+    @property
+    def num_positions(self) -> int:
+        return self.input_index_T.numel()
+
+    @property
+    def num_candidates(self) -> int:
+        """How many items each position's loss sets against its positive, on this rank."""
+        if self.negative_index_TK is not None:
+            return self.negative_index_TK.shape[1]
+        in_batch = 0 if self.in_batch_index_N is None else self.in_batch_index_N.numel()
+        return self.ids.values().numel() - self.timestamps_E.numel() + in_batch
+
+    def _map(self, move: Callable) -> "SequenceBatch":
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        kept_on_host = ("user_ids_B", "target_log_prob_B")
+        return replace(
+            self,
+            **{
+                name: move(value)
+                for name, value in moved.items()
+                if isinstance(value, (Tensor, KeyedJaggedTensor)) and name not in kept_on_host
+            },
+        )
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "SequenceBatch":
+        return self._map(lambda x: x.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "SequenceBatch":
+        return self._map(lambda x: x.pin_memory())
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        self._map(lambda x: (x.record_stream(stream), x)[1])
+
+
+def collate(
+    rows: UserRows,
+    windows: Windows,
+    sampler: Optional[NegativeSampler] = None,
+    step: int = 0,
+    position: Any = None,
+) -> SequenceBatch:
+    """Builds the batch of some users' windows; no users give a batch of one empty one, with which a rank keeps step."""
+    start_B, stop_B = windows.start_U, windows.stop_U
+    if len(start_B) == 0:
+        start_B = stop_B = np.zeros(1, dtype=np.int64)
+    lengths_B = stop_B - start_B
+    events = ranges(start_B, stop_B)
+    ends_B = np.cumsum(lengths_B)
+    input_index_T = np.delete(np.arange(len(events)), (ends_B - 1)[lengths_B > 0])
+    item_ids_E = rows.item_ids_E[events]
+    negatives = sampler.sample(item_ids_E[input_index_T + 1], step) if sampler else Negatives(torch.empty(0).long())
+    inputs_B = np.maximum(lengths_B - 1, 0)
+    return SequenceBatch(
+        ids=_keyed(torch.from_numpy(item_ids_E), torch.from_numpy(lengths_B), negatives.ids_U),
+        timestamps_E=torch.from_numpy(rows.timestamps_E[events]),
+        input_index_T=torch.from_numpy(input_index_T),
+        offsets_B1=torch.from_numpy(np.concatenate([[0], np.cumsum(inputs_B)])),
+        host_lengths=inputs_B.tolist(),
+        user_ids_B=torch.from_numpy(windows.user_ids_U),
+        has_negatives=sampler is not None,
+        negative_index_TK=negatives.index_TK,
+        positive_index_T=negatives.positive_index_T,
+        in_batch_index_N=negatives.in_batch_index_N,
+        in_batch_kept=negatives.in_batch_kept,
+        expected_draws_P=negatives.expected_draws_P,
+        item_share_P=negatives.item_share_P,
+        target_log_prob_B=None if rows.log_probs_E is None else torch.from_numpy(rows.log_probs_E[stop_B - 1]),
+        position=position,
+    )
+
+
+def _keyed(item_ids_E: Tensor, lengths_B: Tensor, negatives_U: Tensor) -> KeyedJaggedTensor:
+    negative_lengths_B = torch.zeros_like(lengths_B)
+    negative_lengths_B[0] = negatives_U.numel()
+    return KeyedJaggedTensor(
+        keys=[EVENTS, NEGATIVES],
+        values=torch.cat([item_ids_E, negatives_U]),
+        lengths=torch.cat([lengths_B, negative_lengths_B]),
+        # Told here, they are not asked of the device.
+        length_per_key=[len(item_ids_E), len(negatives_U)],
+        offset_per_key=[0, len(item_ids_E), len(item_ids_E) + len(negatives_U)],
+    )

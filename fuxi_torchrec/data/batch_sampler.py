@@ -1,0 +1,202 @@
+"""Which users a rank gets in an epoch, in which order, and how a global batch is shared, so that no rank keeps the others
+waiting. A step takes as long as its slowest rank, and users' lengths differ.
+
+A data set within one shuffle buffer is read by every rank, and each global batch is dealt user by user. Of a larger one
+each rank reads its own row groups; then the order inside a buffer is what makes the ranks' batches alike.
+
+Shape suffix: U users.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Dict, List, Optional, Sequence, Tuple, TypeVar
+
+import numpy as np
+
+from fuxi_torchrec.data.dataset import RowGroup
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a training stream is: `taken` users of buffer `buffer` of epoch `epoch` are behind it, after `step` batches
+    in all (the step decides the negatives)."""
+
+    epoch: int = 0
+    buffer: int = 0
+    taken: int = 0
+    step: int = 0
+
+    def to_dict(self) -> Dict[str, int]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows [begin, end) of a row group: all of it, or a part where two ranks meet in it."""
+
+    group: RowGroup
+    begin: int
+    end: int
+
+    @property
+    def users(self) -> int:
+        return self.end - self.begin
+
+    def cut(self, low: int, high: int) -> "Rows":
+        return replace(self, begin=self.begin + low, end=self.begin + high)
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Users that are shuffled together, in an order that `key` decides; of that order [begin, end) are this buffer's.
+    `shared`: every rank has the same buffer and takes its part of each global batch."""
+
+    rows: Tuple[Rows, ...]
+    key: Tuple[int, ...]
+    begin: int
+    end: int
+    shared: bool = False
+
+    @property
+    def users(self) -> int:
+        return max(self.end - self.begin, 0)
+
+    def cut(self, low: int, high: int) -> "Buffer":
+        return replace(self, begin=self.begin + low, end=self.begin + high)
+
+
+Piece = TypeVar("Piece", Rows, Buffer)
+
+
+def deal_epoch(
+    rows: Sequence[Rows], epoch: int, deals: Sequence[Sequence[Position]], ranks: int, buffer_users: int
+) -> List[List[Buffer]]:
+    """Every rank's buffers, or what is left of them where the epoch was begun by other worlds.
+
+    Args:
+        rows: the epoch's row groups, in its order.
+        deals: where the ranks of each earlier world stood in this epoch when that world ended.
+        buffer_users: shuffle_buffer.
+    """
+    users = sum(piece.users for piece in rows)
+    if users <= buffer_users:
+        taken = max((position.taken for world in deals for position in world), default=0)
+        return [[Buffer(tuple(rows), (epoch, 0, 0), taken, users, shared=True)]] * ranks
+    begun: List[Buffer] = []
+    for generation, positions in enumerate(deals):
+        begun, rows = _unfinished(_deal(rows, begun, len(positions), epoch, generation, buffer_users), positions)
+    return _deal(rows, begun, ranks, epoch, len(deals), buffer_users)
+
+
+def _deal(
+    rows: Sequence[Rows], begun: Sequence[Buffer], ranks: int, epoch: int, generation: int, buffer_users: int
+) -> List[List[Buffer]]:
+    """Buffers of every rank: first what an earlier world had begun, in its old order, then new ones."""
+    dealt = cut_evenly(begun, ranks)
+    for rank, hand in enumerate(cut_evenly(rows, ranks)):
+        for number, part in enumerate(_buffers(hand, buffer_users)):
+            # A later deal draws other orders than the first, whose ranks and numbers it would repeat.
+            key = (epoch, rank, number, generation) if generation else (epoch, rank, number)
+            dealt[rank].append(Buffer(tuple(part), key, 0, sum(piece.users for piece in part)))
+    return dealt
+
+
+def cut_evenly(pieces: Sequence[Piece], ranks: int) -> List[List[Piece]]:
+    """Lays the pieces' users end to end and cuts that line into equally long parts: only a piece at a cut is shared."""
+    ends = np.cumsum([piece.users for piece in pieces], dtype=np.int64)
+    total = int(ends[-1]) if len(ends) else 0
+    dealt: List[List[Piece]] = []
+    for rank in range(ranks):
+        low, high = total * rank // ranks, total * (rank + 1) // ranks
+        first, last = np.searchsorted(ends, low, side="right"), np.searchsorted(ends, high, side="left")
+        hand = []
+        for piece, end in zip(pieces[first : last + 1], ends[first : last + 1].tolist()):
+            begin = end - piece.users
+            if max(low, begin) < min(high, end):
+                hand.append(piece.cut(max(low, begin) - begin, min(high, end) - begin))
+        dealt.append(hand)
+    return dealt
+
+
+def _buffers(rows: Sequence[Rows], users: int) -> List[List[Rows]]:
+    """Runs of row groups, each closed once it holds `users` users."""
+    parts: List[List[Rows]] = []
+    held = users
+    for piece in rows:
+        if held >= users:
+            parts.append([])
+            held = 0
+        parts[-1].append(piece)
+        held += piece.users
+    return parts
+
+
+def _unfinished(dealt: Sequence[Sequence[Buffer]], positions: Sequence[Position]) -> Tuple[List[Buffer], List[Rows]]:
+    """What the ranks of an earlier world left: buffers already begun (anything but untouched), and row groups."""
+    begun: List[Buffer] = []
+    rows: List[Rows] = []
+    for buffers, position in zip(dealt, positions):
+        for number in range(position.buffer, len(buffers)):
+            buffer = buffers[number]
+            taken = max(buffer.begin, position.taken if number == position.buffer else 0)
+            whole = sum(piece.users for piece in buffer.rows)
+            if (taken, buffer.end) == (0, whole):
+                rows += buffer.rows
+            elif taken < buffer.end:
+                begun.append(replace(buffer, begin=taken))
+    return begun, rows
+
+
+def even_order(lengths_U: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """A random order in which any run of users has about the mean length, so that ranks that know nothing of each other
+    have batches alike; int64 [U].
+
+    Sorted by length, users are visited as a van der Corput sequence with Owen's scrambling visits [0, 1): every aligned
+    run of 2^k users has one of each of the 2^k quantiles of length (Owen 1995, base 2).
+    """
+    cells = np.zeros(1, dtype=np.int64)
+    while len(cells) < len(lengths_U):
+        # The next as many users fall into the other half of the cell of those before them.
+        flips = random.integers(0, 2, len(cells))
+        cells = np.concatenate([2 * cells + flips, 2 * cells + 1 - flips])
+    quantile_U = np.argsort(np.argsort(cells[: len(lengths_U)]))
+    by_length_U = np.lexsort((random.random(len(lengths_U)), lengths_U))  # ties in any order
+    return by_length_U[quantile_U]
+
+
+def next_batch(lengths_U: np.ndarray, ranks: int, users: int, tokens: Optional[int]) -> np.ndarray:
+    """The next global batch of an order of users: for each of its first users the rank that takes it, int64.
+
+    Every rank gets at most `users` users and, unless it has a single one, `tokens` tokens.
+
+    Args:
+        lengths_U: tokens of the users ahead, at least one.
+        tokens: None for no bound.
+    """
+    end = min(ranks * users, len(lengths_U))
+    if tokens is None:
+        return _share(lengths_U[:end], ranks)
+    ends_U = np.cumsum(lengths_U[:end])
+    room = ranks * tokens
+    while True:
+        end = max(int(np.searchsorted(ends_U, room, side="right")), 1)
+        taker_U = _share(lengths_U[:end], ranks)
+        most = np.bincount(taker_U, weights=lengths_U[:end]).max()
+        if most <= tokens or end <= ranks:
+            return taker_U
+        room = min(room - int(most - tokens), int(ends_U[end - 1]) - 1)
+
+
+def _share(lengths_U: np.ndarray, ranks: int) -> np.ndarray:
+    """Who takes which user: in rounds from the longest users to the shortest, each rank gets one, the rank with the
+    fewest tokens so far the longest. Counts are equal to within one."""
+    taker_U = np.zeros(len(lengths_U), dtype=np.int64)
+    if ranks == 1:
+        return taker_U
+    by_length_U = np.argsort(-lengths_U, kind="stable")
+    tokens_R = np.zeros(ranks, dtype=np.int64)
+    for begin in range(0, len(by_length_U), ranks):
+        round_U = by_length_U[begin : begin + ranks]
+        takers = np.argsort(tokens_R, kind="stable")[: len(round_U)]
+        taker_U[round_U] = takers
+        tokens_R[takers] += lengths_U[round_U]
+    return taker_U

@@ -1,0 +1,183 @@
+"""Reading a prepared data set: row groups of users as flat arrays, and the splits of docs/data.md. No torch.
+
+Shape suffixes: U users of a row group, E their events laid end to end.
+"""
+
+from dataclasses import dataclass
+from typing import List, Optional, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fuxi_torchrec.data.format import ITEMS_FILE, LOG_PROBS_COLUMN, TRAIN_FOLDER, read_identity
+from fuxi_torchrec.errors import UserError
+from fuxi_torchrec.paths import join, path_manager
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """One row group of one part file: the unit that is read, shuffled and dealt to ranks."""
+
+    path: str
+    index: int
+    num_rows: int
+
+
+@dataclass
+class UserRows:
+    """Some users and all their events, sorted by time within a user."""
+
+    user_ids_U: np.ndarray  # int64
+    offsets_U1: np.ndarray  # int64; user u's events are [offsets[u], offsets[u + 1])
+    item_ids_E: np.ndarray  # int64, dense
+    timestamps_E: np.ndarray  # int64, ticks
+    log_probs_E: Optional[np.ndarray] = None  # float64, where the data set has them
+
+    def cut(self, begin: int, end: int) -> "UserRows":
+        """The users [begin, end)."""
+        offsets = self.offsets_U1[begin : end + 1]
+        events = slice(offsets[0], offsets[-1])
+        log_probs_E = None if self.log_probs_E is None else self.log_probs_E[events]
+        ids_E, times_E = self.item_ids_E[events], self.timestamps_E[events]
+        return UserRows(self.user_ids_U[begin:end], offsets - offsets[0], ids_E, times_E, log_probs_E)
+
+
+
+
+class SequenceDataset:
+    """A prepared data set's folder.
+
+    Raises UserError for a folder that is none, of another schema version, or whose part files are not those that its
+    identity speaks of.
+    """
+
+    def __init__(self, folder: str):
+        self.folder = folder
+        self.identity = read_identity(folder)
+        self.row_groups = _row_groups(folder)
+        users = sum(group.num_rows for group in self.row_groups)
+        if users != self.identity.num_users:
+            raise UserError(
+                f"{join(folder, TRAIN_FOLDER)}: part files hold {users} users, dataset.json says "
+                f"{self.identity.num_users}; prepare the data set again"
+            )
+
+    def read(self, group: RowGroup, log_probs: bool = False) -> UserRows:
+        """Reads one row group; checks ids against the catalogue and that each user's times do not go back."""
+        columns = ["user_id", "item_ids", "timestamps"] + ([LOG_PROBS_COLUMN] if log_probs else [])
+        try:
+            with path_manager().open(group.path, "rb") as file:
+                table = pq.ParquetFile(file).read_row_group(group.index, columns=columns).combine_chunks()
+            rows = _to_rows(table)
+        except (pa.ArrowException, OSError, KeyError) as error:
+            raise UserError(f"{group.path}, row group {group.index}: cannot be read ({_first_line(error)})") from None
+        self._check(group, rows)
+        return rows
+
+    def _check(self, group: RowGroup, rows: UserRows) -> None:
+        where = f"{group.path}, row group {group.index}"
+        bad = (rows.item_ids_E < 0) | (rows.item_ids_E >= self.identity.num_items)
+        backwards = np.zeros(len(rows.timestamps_E), dtype=bool)
+        backwards[1:] = rows.timestamps_E[1:] < rows.timestamps_E[:-1]
+        backwards[rows.offsets_U1[:-1][rows.offsets_U1[:-1] < len(backwards)]] = False
+        for mask, what in ((bad, f"item id outside 0 … {self.identity.num_items - 1}"), (backwards, "times go back")):
+            if mask.any():
+                event = int(mask.argmax())
+                user = rows.user_ids_U[np.searchsorted(rows.offsets_U1, event, side="right") - 1]
+                raise UserError(f"{where}, user {user}: {what}; prepare the data set again")
+
+    def items(self, columns: Optional[List[str]] = None) -> pa.Table:
+        """items.parquet: item_id, source_id, title, frequency (or some of them), in the order of item_id."""
+        path = join(self.folder, ITEMS_FILE)
+        try:
+            with path_manager().open(path, "rb") as file:
+                table = pq.read_table(file, columns=columns and ["item_id", *columns]).sort_by("item_id")
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{path}: cannot be read ({_first_line(error)}); prepare the data set again") from None
+        if table.num_rows != self.identity.num_items:
+            raise UserError(
+                f"{path}: {table.num_rows} items, dataset.json says {self.identity.num_items}; "
+                "prepare the data set again"
+            )
+        return table
+
+    @property
+    def has_log_probs(self) -> bool:
+        return LOG_PROBS_COLUMN in self.identity.columns
+
+
+
+
+
+
+
+
+
+
+def check_enough_data(dataset: SequenceDataset, processes: int) -> None:
+    """Raises UserError for more processes than users, who are what is dealt to ranks."""
+    users = dataset.identity.num_users
+    if users < processes:
+        raise UserError(f"{dataset.folder}: {users} users are too few for {processes} processes; use at most {users}")
+
+
+def ranges(start_U: np.ndarray, stop_U: np.ndarray) -> np.ndarray:
+    """The integers of all [start, stop), one range after the other, int64."""
+    lengths = stop_U - start_U
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(start_U - (ends - lengths), lengths)
+
+
+def concatenate(parts: Sequence[UserRows]) -> UserRows:
+    """Several row groups as one."""
+    shifts = np.cumsum([0] + [len(part.item_ids_E) for part in parts])
+    offsets = [part.offsets_U1[:-1] + shift for part, shift in zip(parts, shifts)] + [shifts[-1:]]
+    return UserRows(
+        np.concatenate([part.user_ids_U for part in parts]),
+        np.concatenate(offsets),
+        np.concatenate([part.item_ids_E for part in parts]),
+        np.concatenate([part.timestamps_E for part in parts]),
+        None if parts[0].log_probs_E is None else np.concatenate([part.log_probs_E for part in parts]),
+    )
+
+
+def _to_rows(table: pa.Table) -> UserRows:
+    lists = {name: table[name].chunk(0) for name in table.column_names if name != "user_id"}
+    offsets = lists["item_ids"].offsets.to_numpy().astype(np.int64)
+    for name, column in lists.items():
+        if column.null_count or column.values.null_count:
+            raise pa.ArrowInvalid(f"null in column {name}")
+        if not np.array_equal(column.offsets.to_numpy(), offsets):
+            raise pa.ArrowInvalid(f"column {name} is not aligned with item_ids")
+    values = {name: column.values.to_numpy() for name, column in lists.items()}
+    return UserRows(
+        table["user_id"].to_numpy(),
+        offsets,
+        values["item_ids"],
+        values["timestamps"],
+        values.get(LOG_PROBS_COLUMN),
+    )
+
+
+def _row_groups(folder: str) -> List[RowGroup]:
+    train = join(folder, TRAIN_FOLDER)
+    manager = path_manager()
+    try:
+        names = sorted(name for name in manager.ls(train) if name.startswith("part-") and name.endswith(".parquet"))
+    except OSError as error:
+        raise UserError(f"{train}: cannot be listed ({_first_line(error)}); prepare the data set again") from None
+    groups = []
+    for name in names:
+        path = join(train, name)
+        try:
+            with manager.open(path, "rb") as file:
+                metadata = pq.ParquetFile(file).metadata
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{path}: not a Parquet file ({_first_line(error)}); prepare it again") from None
+        groups += [RowGroup(path, i, metadata.row_group(i).num_rows) for i in range(metadata.num_row_groups)]
+    return groups
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

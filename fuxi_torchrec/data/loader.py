@@ -1,0 +1,132 @@
+"""Streams of batches. What comes next is a function of (seed, epoch, rank, position), so a position resumes exactly.
+
+An epoch shuffles the row groups, deals them to the ranks, and shuffles the users inside buffers of row groups
+(batch_sampler.py). Only the current buffer is in memory; a position is (epoch, buffer, users already taken of it). What is left
+of an epoch can be dealt again to another number of ranks: no user is seen twice, and none is left out.
+"""
+
+from dataclasses import replace
+from typing import Any, Dict, Iterable, Iterator, List, Tuple
+
+import numpy as np
+
+from fuxi_torchrec.config import DataConfig
+from fuxi_torchrec.data.batch import SequenceBatch, collate
+from fuxi_torchrec.data.batch_sampler import Buffer, Position, Rows, cut_evenly, deal_epoch, even_order, next_batch
+from fuxi_torchrec.data.dataset import RowGroup, SequenceDataset, UserRows, concatenate
+from fuxi_torchrec.data.negative_sampler import NegativeSampler
+from fuxi_torchrec.data.splits import Windows, windows
+
+
+def positions_after(state: Dict[str, Any], rank: int, world_size: int) -> Tuple[Position, List[List[Position]]]:
+    """Where a rank goes on from what was saved ("positions" of all ranks, earlier "deals"), and the stream's deals.
+
+    At another world size the rest of the epoch is dealt anew.
+    """
+    positions = [Position(**position) for position in state["positions"]]
+    deals = [[Position(**position) for position in world] for world in state["deals"]]
+    epoch = positions[0].epoch
+    deals = [world for world in deals if world[0].epoch == epoch]
+    if len(positions) == world_size or not any(position.buffer or position.taken for position in positions):
+        return positions[rank % len(positions)], deals
+    return Position(epoch=epoch, step=positions[0].step), [*deals, positions]
+
+
+class TrainingStream:
+    """Batches of the training split.
+
+    Args:
+        dataset, config: what is read and how it is batched.
+        sampler: draws the negatives at collation.
+        seed: decides the order.
+        rank, world_size: whose part of the epoch it is.
+
+    Attributes:
+        deals: where the ranks of each earlier world stood in the current epoch when that world ended.
+    """
+
+    def __init__(
+        self,
+        dataset: SequenceDataset,
+        config: DataConfig,
+        sampler: NegativeSampler,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        self.dataset, self.config, self.sampler, self.seed = dataset, config, sampler, seed
+        self.rank, self.world_size = rank, world_size
+        self.deals: List[List[Position]] = []
+
+    def epoch(self, position: Position) -> Iterator[SequenceBatch]:
+        """The rest of an epoch. No user is dropped: the last batch of a buffer may be smaller than the others."""
+        buffers = self._buffers(position.epoch)
+        for number in range(position.buffer, len(buffers)):
+            buffer = buffers[number]
+            rank, ranks = (self.rank, self.world_size) if buffer.shared else (0, 1)
+            taken = max(buffer.begin, position.taken if number == position.buffer else 0)
+            rows, users = self._read(buffer)
+            lengths_U = users.stop_U - users.start_U - 1
+            while taken < len(lengths_U):
+                most = self._most_users(buffer, len(lengths_U) - taken)
+                taker_U = next_batch(lengths_U[taken:], ranks, most, self.config.tokens_per_batch)
+                mine = users.take(taken + np.flatnonzero(taker_U == rank))
+                taken += len(taker_U)
+                position = replace(position, buffer=number, taken=taken, step=position.step + 1)
+                yield collate(rows, mine, self.sampler, step=position.step, position=position)
+
+    def empty_batch(self, position: Position) -> SequenceBatch:
+        """What a rank without data left contributes while others still have some."""
+        nothing = np.zeros(0, dtype=np.int64)
+        rows = UserRows(nothing, np.zeros(1, dtype=np.int64), nothing, nothing)
+        position = replace(position, step=position.step + 1)
+        return collate(rows, Windows(nothing, nothing, nothing), self.sampler, step=position.step, position=position)
+
+    def _buffers(self, epoch: int) -> List[Buffer]:
+        """This rank's buffers of an epoch, each of about shuffle_buffer users."""
+        order = self._random(epoch).permutation(len(self.dataset.row_groups))
+        rows = _rows([self.dataset.row_groups[index] for index in order])
+        deals = self.deals if self.deals and self.deals[0][0].epoch == epoch else []
+        return deal_epoch(rows, epoch, deals, self.world_size, self.config.shuffle_buffer)[self.rank]
+
+    def _read(self, buffer: Buffer) -> Tuple[UserRows, Windows]:
+        """A buffer's events, and its users in their order."""
+        rows = concatenate([self.dataset.read(part.group).cut(part.begin, part.end) for part in buffer.rows])
+        users = windows(rows, self.config, "train")
+        random = self._random(*buffer.key)
+        lengths_U = users.stop_U - users.start_U
+        order = random.permutation(len(lengths_U)) if buffer.shared else even_order(lengths_U, random)
+        return rows, users.take(order[: buffer.end])
+
+    def _most_users(self, buffer: Buffer, left: int) -> int:
+        """Users of the next batch where no token budget ends it. A rank's own buffer is cut into equal batches, as the
+        other ranks' buffers end at other steps, where a small last batch would have them wait."""
+        batches = -(-left // self.config.batch_size)
+        return self.config.batch_size if buffer.shared else -(-left // batches)
+
+    def _random(self, *key: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, *key])
+
+
+def evaluation_batches(
+    dataset: SequenceDataset,
+    config: DataConfig,
+    split: str,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[SequenceBatch]:
+    """Every user of a split once; each rank has an even run of the data set's order.
+
+    A batch has no negatives; the target of user b is the last of its events. With world_size > 1 the ranks may have
+    different numbers of batches.
+    """
+    for part in cut_evenly(_rows(dataset.row_groups), world_size)[rank]:
+        rows = dataset.read(part.group, log_probs=dataset.has_log_probs).cut(part.begin, part.end)
+        users = windows(rows, config, split)
+        for begin in range(0, len(users.user_ids_U), batch_size):
+            yield collate(rows, users.take(slice(begin, begin + batch_size)))
+
+
+def _rows(groups: Iterable[RowGroup]) -> List[Rows]:
+    return [Rows(group, 0, group.num_rows) for group in groups]

@@ -1,0 +1,154 @@
+"""Negative samplers. They run while a batch is collated, so that a pipeline can start the exchange of ids early.
+
+Draws are with replacement, uniform or by frequency^alpha, and a function of (seed, rank, step) and the batch alone:
+nothing about them has to be saved for a run to go on exactly where it was.
+
+Shape suffixes: T positions, K negatives a position, U ids to look up, N in-batch items, P candidates (the U ids, then
+the N in-batch items), V catalogue.
+"""
+
+from dataclasses import dataclass
+from typing import Optional
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fuxi_torchrec.config import LossConfig
+from fuxi_torchrec.data.dataset import SequenceDataset
+from fuxi_torchrec.data.item_distribution import ItemDistribution
+
+# Up to this many items, unique ids are found by marking them in a table of the catalogue's size; beyond it by sorting.
+MARK_LIMIT = 1 << 26
+# With this many draws an item or more, nearly every item is drawn: all are looked up, and no unique ids are sought.
+FEW_ITEMS = 4
+
+
+@dataclass
+class Negatives:
+    """A batch's negatives.
+
+    ids_U: int64 ids to look up, each once: those drawn, or all there are (per_token, full); or the pool itself, in
+        drawing order (shared, mixed); empty for in_batch.
+    index_TK: int32 rows of ids_U, a set for each position; None where all positions share the candidates.
+    positive_index_T: int64 row of ids_U that is the position's own positive, −1 where none is; None likewise.
+    in_batch_index_N: int64 positions whose positives are the in-batch items, each item once (in_batch, mixed). They
+        are looked up as events already, so that they cost no exchange.
+    in_batch_kept: part of the batch's distinct positives that in_batch_index_N keeps (loss.max_in_batch).
+    expected_draws_P: float32, how often each candidate is expected among this rank's draws: Σ count · q(candidate);
+        None without loss.log_q.
+    item_share_P: float32, each candidate's part of the training events, add-one smoothed: how likely a position's
+        positive is to be it. None without in-batch items or without loss.log_q.
+    """
+
+    ids_U: Tensor
+    index_TK: Optional[Tensor] = None
+    positive_index_T: Optional[Tensor] = None
+    in_batch_index_N: Optional[Tensor] = None
+    in_batch_kept: float = 1.0
+    expected_draws_P: Optional[Tensor] = None
+    item_share_P: Optional[Tensor] = None
+
+
+class NegativeSampler:
+    """`sample(positives, step)` draws a batch's negatives.
+
+    Args:
+        config: kinds and numbers.
+        num_items: V.
+        seed, rank: with the step they decide the draws.
+        frequency_V: int64, items' training frequency, where `training_frequency` says that the config needs it.
+    """
+
+    def __init__(
+        self,
+        config: LossConfig,
+        num_items: int,
+        seed: int,
+        rank: int = 0,
+        frequency_V: Optional[np.ndarray] = None,
+    ):
+        self.config, self.num_items, self.seed, self.rank = config, num_items, seed, rank
+        self.distribution = ItemDistribution(num_items, frequency_V, config.sampling_alpha)
+        # Each position's positive is taken for a draw from this, when in-batch items are weighed.
+        self.positives = ItemDistribution(num_items, frequency_V, 1.0) if _weighs_in_batch(config) else None
+
+    def sample(self, positive_ids_T: np.ndarray, step: int) -> Negatives:
+        """Draws for the positions' positives (int64 [T]) at a step."""
+        generator = np.random.default_rng([self.seed, self.rank, step])
+        if self.config.negatives == "full":
+            return Negatives(torch.arange(self.num_items))
+        if self.config.negatives == "per_token":
+            negatives = self._per_token(generator, positive_ids_T)
+        else:
+            negatives = self._shared(generator, positive_ids_T)
+        if self.config.log_q:
+            self._weigh(negatives, positive_ids_T)
+        return negatives
+
+    def _per_token(self, generator: np.random.Generator, positive_ids_T: np.ndarray) -> Negatives:
+        dtype = np.int32 if self.num_items <= np.iinfo(np.int32).max else np.int64
+        drawn_TK = self.distribution.draw(generator, (len(positive_ids_T), self.config.num_negatives), dtype)
+        if self.num_items <= drawn_TK.size // FEW_ITEMS:
+            positive_T = torch.from_numpy(positive_ids_T)
+            return Negatives(torch.arange(self.num_items), torch.from_numpy(drawn_TK), positive_T)
+        return _unique(drawn_TK, positive_ids_T, self.num_items)
+
+    def _shared(self, generator: np.random.Generator, positive_ids_T: np.ndarray) -> Negatives:
+        pool = np.zeros(0, dtype=np.int64)
+        if self.config.negatives != "in_batch":
+            pool = self.distribution.draw(generator, self.config.num_negatives, np.int64)
+            if self.config.uniform_negatives:
+                uniform = generator.integers(0, self.num_items, self.config.uniform_negatives, dtype=np.int64)
+                pool = np.concatenate([pool, uniform])
+        negatives = Negatives(torch.from_numpy(pool))
+        if self.config.negatives != "shared":
+            index_N = np.unique(positive_ids_T, return_index=True)[1]
+            distinct, most = len(index_N), self.config.max_in_batch
+            if most is not None and distinct > most:
+                index_N = np.sort(generator.choice(index_N, most, replace=False))
+                negatives.in_batch_kept = most / distinct
+            negatives.in_batch_index_N = torch.from_numpy(index_N)
+        return negatives
+
+    def _weigh(self, negatives: Negatives, positive_ids_T: np.ndarray) -> None:
+        """Fills in what the logQ correction needs to know of every candidate."""
+        ids_P = negatives.ids_U.numpy()
+        if negatives.in_batch_index_N is not None:
+            ids_P = np.concatenate([ids_P, positive_ids_T[negatives.in_batch_index_N.numpy()]])
+        drawn = 0 if self.config.negatives == "in_batch" else self.config.num_negatives
+        draws_P = drawn * self.distribution.probability(ids_P) + self.config.uniform_negatives / self.num_items
+        negatives.expected_draws_P = torch.from_numpy(draws_P).float()
+        if self.positives is not None:
+            negatives.item_share_P = torch.from_numpy(self.positives.probability(ids_P)).float()
+
+
+def training_frequency(config: LossConfig, dataset: SequenceDataset) -> Optional[np.ndarray]:
+    """items.parquet's frequency [V], int64, where the config's sampler needs it; else None, and nothing is read."""
+    if config.sampling_alpha > 0 or _weighs_in_batch(config):
+        return dataset.items(["frequency"])["frequency"].to_numpy()
+    return None
+
+
+def _weighs_in_batch(config: LossConfig) -> bool:
+    return config.log_q and config.negatives in ("in_batch", "mixed")
+
+
+def _unique(drawn_TK: np.ndarray, positive_ids_T: np.ndarray, num_items: int) -> Negatives:
+    """Unique ids in ascending order, and where each drawn id and each positive stands among them."""
+    if num_items <= MARK_LIMIT:
+        row_of_item = np.full(num_items, -1, dtype=np.int32)
+        row_of_item[drawn_TK.reshape(-1)] = 0
+        ids_U = np.flatnonzero(row_of_item == 0)
+        row_of_item[ids_U] = np.arange(len(ids_U), dtype=np.int32)
+        index_TK = row_of_item[drawn_TK]
+        positive_T = row_of_item[positive_ids_T].astype(np.int64)
+    else:
+        ids_U, inverse = np.unique(drawn_TK, return_inverse=True)
+        index_TK = inverse.reshape(drawn_TK.shape).astype(np.int32)
+        near_T = np.searchsorted(ids_U, positive_ids_T).clip(max=max(len(ids_U) - 1, 0))
+        found_T = ids_U[near_T] == positive_ids_T if len(ids_U) else np.zeros(len(positive_ids_T), dtype=bool)
+        positive_T = np.where(found_T, near_T, -1)
+    return Negatives(
+        torch.from_numpy(ids_U.astype(np.int64)), torch.from_numpy(index_TK), torch.from_numpy(positive_T)
+    )

@@ -1,0 +1,1 @@
+"""This process among all: the process groups, failures that end all ranks, gathering by parts."""

@@ -1,0 +1,202 @@
+"""What goes wrong in a run of several processes: an error of one is told once and ends all; signals; lost processes.
+
+An error on one rank would leave the others waiting in a collective. `fail_together` needs no collective to prevent it:
+the rank that fails leaves its message in the process group's store, where rank 0 looks twice a second.
+"""
+
+import json
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import traceback
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Dict, Iterator, List, Optional
+
+import torch.distributed as dist
+
+from fuxi_torchrec.distributed.world import World
+from fuxi_torchrec.errors import LostProcess, UserError
+
+FAILED, HEARD, NOTICED = "fuxi/failed", "fuxi/heard", "fuxi/noticed"
+PATIENCE = 5.0  # seconds: more than rank 0 needs to look, far less than a scheduler gives after a signal
+LOST = ("gloo", "nccl", "connection", "timed out", "socket", "broken pipe")
+
+
+class Interrupted(Exception):
+    """Stopped by a signal, after saving. `code` is the exit code: 128 + the signal's number."""
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by {signal.Signals(number).name}; go on with --resume")
+        self.code = 128 + number
+
+
+@contextmanager
+def signals() -> Iterator[List[int]]:
+    """Collects SIGINT and SIGTERM, so that the current step can end and be saved; a second Ctrl-C breaks off."""
+    received: List[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def fail_together(world: World) -> Iterator[None]:
+    """Around everything that a process group does: any rank's error ends all of them, and one rank tells it.
+
+    A UserError of another rank is printed by rank 0 as "rank k: …"; a rank that died or hangs becomes a LostProcess.
+    """
+    if world.size == 1:
+        yield
+        return
+    store = dist.distributed_c10d._get_default_store().clone()  # a connection of its own: the group's may be waiting
+    store.set_timeout(timedelta(seconds=PATIENCE))
+    watch = _Watch(store) if world.is_main else None
+    try:
+        yield
+    except Exception as error:
+        if watch:
+            watch.stop()
+        failure = _failure(error, store, world)
+        raise failure from (None if isinstance(failure, UserError) or failure is error else error)
+    finally:
+        if watch:
+            watch.stop()
+
+
+class _Watch(threading.Thread):
+    """Rank 0 listening for an error of another rank, whatever its main thread waits for."""
+
+    def __init__(self, store: dist.Store):
+        super().__init__(daemon=True, name="watch")
+        self.store, self.ended, self.telling = store, threading.Event(), threading.Lock()
+        self.start()
+
+    def stop(self) -> None:
+        with self.telling:
+            self.ended.set()
+
+    def run(self) -> None:
+        while not self.ended.wait(0.5):
+            try:
+                found = self.store.check([FAILED])
+            except RuntimeError:
+                return
+            # The same mistake may be rank 0's own, which its main thread tells better.
+            if found and not self.ended.wait(1.0):
+                self._tell()
+
+    def _tell(self) -> None:
+        with self.telling:
+            if self.ended.is_set():
+                return
+            failed = json.loads(self.store.get(FAILED))
+            print(f"error: rank {failed['rank']}: {failed['message']}", file=sys.stderr, flush=True)
+            self.store.set(HEARD, "")
+            time.sleep(0.5)  # or the rank that waits to be heard finds the store gone, and c10d prints its stack
+            os._exit(failed["code"])  # the main thread may be waiting for the rank that failed, and never return
+
+
+def _failure(error: Exception, store: dist.Store, world: World) -> BaseException:
+    """What this rank is to raise for its error."""
+    try:
+        if is_lost(error):
+            return _other_rank(store, world) or _lost(error, store, world)
+        if not world.is_main:
+            message, code = str(error), 2
+            if not isinstance(error, UserError):  # a defect: its traceback before rank 0 ends, and torchrun this rank
+                traceback.print_exception(error)
+                message, code = f"{type(error).__name__}: {error}", 1
+            lines = " ".join(message.split())
+            store.compare_set(FAILED, "", json.dumps({"rank": world.rank, "message": lines, "code": code}))
+            told = _wait_for(store, HEARD)
+            if code == 1:
+                return SystemExit(1)
+            error.told = told
+        else:
+            store.set(HEARD, "")  # the others wait for this before they tell the same mistake again
+    except (dist.DistError, RuntimeError, ValueError):  # the store is gone with rank 0, which has told what it knew
+        error = LostProcess("rank 0 is gone") if is_lost(error) else error
+        error.told = not world.is_main
+    return error
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether a collective failed because of another process."""
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or any(word in text for word in LOST))
+
+
+def _other_rank(store: dist.Store, world: World) -> Optional[UserError]:
+    """The error that another rank has left, if it left one."""
+    if not store.check([FAILED]):
+        return None
+    failed = json.loads(store.get(FAILED))
+    store.set(HEARD, "")
+    failure = UserError(f"rank {failed['rank']}: {failed['message']}")
+    failure.told = not world.is_main
+    return failure
+
+
+def _lost(error: Exception, store: dist.Store, world: World) -> Exception:
+    """Names the ranks that do not say within two seconds that they noticed as well."""
+    store.set(f"{NOTICED}/{world.rank}", "")
+    others = set(range(world.size)) - {world.rank}
+    end = time.monotonic() + 2.0
+    while time.monotonic() < end and others:
+        others = {rank for rank in others if not store.check([f"{NOTICED}/{rank}"])}
+        failure = _other_rank(store, world)
+        if failure:
+            return failure
+        time.sleep(0.1)
+    noticed = set(range(world.size)) - others
+    ranks = ", ".join(map(str, sorted(others))) or "?"
+    lost = LostProcess(f"rank {ranks} died or hangs, seen by rank {world.rank} ({_first_line(error)})")
+    lost.told = world.rank != min(noticed)
+    return lost
+
+
+def _wait_for(store: dist.Store, key: str) -> bool:
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        if store.check([key]):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def check_same_start(world: World, config: Dict[str, Any], output: str, content_checksum: str) -> None:
+    """Raises UserError where this rank's config, run folder or data set differs from rank 0's, naming the key.
+
+    data.path may differ, as long as the content is the same.
+    """
+    if world.size == 1:
+        return
+    mine = {**_flat(config), "--output": os.path.abspath(output), "the data set's content": content_checksum}
+    mine.pop("data.path")
+    first = world.from_main(mine)
+    for key in sorted(set(mine) | set(first)):
+        if mine.get(key) != first.get(key):
+            raise UserError(f"{key}: {mine.get(key)} here and {first.get(key)} on rank 0; start all ranks alike")
+
+
+def _flat(config: Dict[str, Any]) -> Dict[str, Any]:
+    return {f"{section}.{key}": value for section, keys in config.items() for key, value in keys.items()}
+
+
+def _first_line(error: Exception) -> str:
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    text = re.sub(r"^\[\S+:\d+\] ", "", text)  # gloo's source file
+    return text.split(". ")[0][:200]

@@ -1,0 +1,176 @@
+"""Top-k recommendations for users of the data set, or for a history given by hand, at a request time.
+
+Shape suffixes: B users, k recommendations.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Dict, List, Optional, Sequence, Tuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+import pyarrow.parquet as pq
+import torch
+from torch import nn
+
+from fuxi_torchrec.config import Config
+from fuxi_torchrec.data.batch import collate
+from fuxi_torchrec.data.dataset import SequenceDataset, UserRows, concatenate
+from fuxi_torchrec.data.format import USERS_FILE
+from fuxi_torchrec.data.splits import Windows
+from fuxi_torchrec.distributed.world import World
+from fuxi_torchrec.errors import UserError
+from fuxi_torchrec.evaluation import full_ranking
+from fuxi_torchrec.ops.ranking import Seen
+from fuxi_torchrec.paths import join, path_manager
+
+
+@dataclass
+class Request:
+    """Whose next items are wanted: a label to print, and the events so far (dense item ids, int64 ticks)."""
+
+    label: str
+    item_ids: np.ndarray
+    timestamps: np.ndarray
+
+
+class Catalogue:
+    """Dense item ids to the source's ids and titles, and back."""
+
+    def __init__(self, dataset: SequenceDataset):
+        table = dataset.items()
+        self.source_ids = table["source_id"].to_pylist()
+        titles = table["title"].to_pylist() if "title" in table.column_names else [None] * len(self.source_ids)
+        self.titles = [title or "" for title in titles]
+        self._dense = {str(source): dense for dense, source in enumerate(self.source_ids)}
+
+    def has(self, source_id: str) -> bool:
+        return source_id.strip() in self._dense
+
+    def dense(self, source_id: str) -> int:
+        """Raises UserError for an id that the catalogue does not have."""
+        try:
+            return self._dense[source_id.strip()]
+        except KeyError:
+            raise UserError(f"item {source_id!r} is not in the catalogue of {len(self.source_ids)} items") from None
+
+
+def to_int64(text: str, what: str) -> int:
+    """Raises UserError for text that is no int64 in plain digits."""
+    if not re.fullmatch(r"\s*-?[0-9]{1,19}\s*", text) or not -(2**63) <= int(text) < 2**63:
+        raise UserError(f"{what}: {text!r} is not an integer of 64 bits")
+    return int(text)
+
+
+def history_request(text: str, catalogue: Catalogue, at: int) -> Request:
+    """A history `item,item@time,…` of the source's item ids, oldest first; items without a time happen at `at`."""
+    events: List[Tuple[int, int]] = []
+    for part in text.split(","):
+        item, mark, when = (part, "", "") if catalogue.has(part) else part.rpartition("@")
+        if not mark:
+            item = part
+        events.append((catalogue.dense(item), to_int64(when, f"--history: the time of item {item!r}") if mark else at))
+    events.sort(key=lambda event: event[1])  # stable
+    return Request("history", np.array([e[0] for e in events]), np.array([e[1] for e in events]))
+
+
+def user_requests(dataset: SequenceDataset, users: Sequence[str]) -> List[Request]:
+    """Requests of users of the data set, in the order asked for, by the source's user ids, with all their events."""
+    ids = _user_ids(dataset, users)
+    wanted, found = np.array(sorted(set(ids.values()))), {}
+    for group in dataset.row_groups:
+        if len(found) == len(wanted):
+            break
+        rows = dataset.read(group)
+        for row in np.flatnonzero(np.isin(rows.user_ids_U, wanted)):
+            events = slice(rows.offsets_U1[row], rows.offsets_U1[row + 1])
+            found[int(rows.user_ids_U[row])] = (rows.item_ids_E[events].copy(), rows.timestamps_E[events].copy())
+    missing = [user for user in users if ids[user] not in found]
+    if missing:
+        raise UserError(f"user {missing[0]!r} is not among the {dataset.identity.num_users} users of {dataset.folder}")
+    return [Request(user, *found[ids[user]]) for user in users]
+
+
+def _user_ids(dataset: SequenceDataset, users: Sequence[str]) -> Dict[str, int]:
+    path = join(dataset.folder, USERS_FILE)
+    if path_manager().isfile(path):
+        with path_manager().open(path, "rb") as file:
+            table = pq.read_table(file)
+        names = pa.compute.is_in(table["source_id"], value_set=pa.array(list(users), table["source_id"].type))
+        known = table.filter(names)
+        ids = dict(zip(known["source_id"].to_pylist(), known["user_id"].to_pylist()))
+    else:
+        ids = {user: to_int64(user, "--users") for user in users}
+    for user in users:
+        if user not in ids:
+            raise UserError(f"user {user!r} is not among the {dataset.identity.num_users} users of {dataset.folder}")
+    return ids
+
+
+def recommend(
+    model: nn.Module,
+    dataset: SequenceDataset,
+    config: Config,
+    world: World,
+    requests: Sequence[Request],
+    k: int,
+    at: Optional[int] = None,
+    include_seen: bool = False,
+) -> Tuple[np.ndarray, np.ndarray]:
+    """Scores (float32 [B, k], logits) and dense item ids (int64 [B, k], −1 where the catalogue has no more items).
+
+    Args:
+        requests: at least one event each; the encoder sees the last max_sequence_length of them, but all of them count
+            as seen.
+        at: request time in ticks; None: the data set's newest timestamp (or a request's own newest, if later).
+        include_seen: recommend items of the history too.
+    """
+    rows, ends_B = _rows_with_request(requests, dataset.identity.max_timestamp if at is None else at, explicit=at is not None)
+    starts_B = np.maximum(rows.offsets_U1[:-1], ends_B - config.data.max_sequence_length - 1)
+    batch = collate(rows, Windows(rows.user_ids_U, starts_B, ends_B)).to(world.device)
+    model.eval()
+    with torch.no_grad():  # fbgemm's fused tables know no inference mode
+        query_BD = model(batch)
+        seen = _seen(requests, world.device) if not include_seen else Seen(*torch.empty(2, 0, dtype=torch.int64))
+        k = min(k, dataset.identity.num_items)
+        scores_Bk, items_Bk = full_ranking.top_items(model, world, query_BD, seen, k, config.loss.l2_eps)
+    items_Bk = torch.where(torch.isneginf(scores_Bk), -1, items_Bk)
+    return (scores_Bk / config.loss.temperature).cpu().numpy(), items_Bk.cpu().numpy()
+
+
+def _rows_with_request(requests: Sequence[Request], at: int, explicit: bool) -> Tuple[UserRows, np.ndarray]:
+    """Each history with one more event: the request, at its time; its item is never looked at."""
+    parts = []
+    for index, request in enumerate(requests):
+        newest = int(request.timestamps.max())
+        if explicit and at < newest:
+            raise UserError(f"--at: {at} lies before the newest event of {request.label}, {newest}")
+        times = np.concatenate([request.timestamps, [max(at, newest)]]).astype(np.int64)
+        items = np.concatenate([request.item_ids, [0]]).astype(np.int64)
+        parts.append(UserRows(np.array([index]), np.array([0, len(items)]), items, times))
+    rows = concatenate(parts)
+    return rows, rows.offsets_U1[1:]
+
+
+def _seen(requests: Sequence[Request], device: torch.device) -> Seen:
+    queries = np.repeat(np.arange(len(requests)), [len(request.item_ids) for request in requests])
+    items = np.concatenate([request.item_ids for request in requests]).astype(np.int64)
+    return Seen(torch.from_numpy(queries).to(device), torch.from_numpy(items).to(device))
+
+
+def to_table(requests: Sequence[Request], scores_Bk: np.ndarray, items_Bk: np.ndarray, catalogue: Catalogue) -> pa.Table:
+    """Columns user (string), rank (int32, from 1), item_id (the source's), dense_id int64, title, score float32."""
+    found = items_Bk >= 0
+    user_index, rank = np.nonzero(found)
+    dense = items_Bk[found]
+    return pa.table(
+        {
+            "user": pa.array([requests[i].label for i in user_index], pa.string()),
+            "rank": pa.array(rank + 1, pa.int32()),
+            "item_id": pa.array([catalogue.source_ids[i] for i in dense]),
+            "dense_id": pa.array(dense, pa.int64()),
+            "title": pa.array([catalogue.titles[i] for i in dense], pa.string()),
+            "score": pa.array(scores_Bk[found], pa.float32()),
+        }
+    )

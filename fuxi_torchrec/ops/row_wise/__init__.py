@@ -1,0 +1,1 @@
+"""Norms, gates and dropout: operations that see one row at a time."""

@@ -1,0 +1,222 @@
+"""Token mixing by the C kernels of `ops.native` (CPU, float32): positional, `pow` and `exp` channels, exact.
+
+No padding, no length groups, no map in memory: six rows of a map are made in the cache, multiplied, and forgotten; backward
+makes them again. Work grows with the sum of squared lengths: `linear` overtakes it for long sequences.
+"""
+
+from typing import List, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor
+
+from fuxi_torchrec.errors import UserError
+from fuxi_torchrec.ops.jagged import JaggedLayout, row_tasks
+from fuxi_torchrec.ops.native import library as native
+from fuxi_torchrec.ops.token_mixing.time_gaps import TimeGaps, Times
+from fuxi_torchrec.ops.token_mixing.time_maps import Channel
+
+FORMS = ("pow", "exp")
+"""Temporal channels that the kernels know."""
+TASK_ROWS = 96
+"""Rows of one user's maps that a thread takes at a time; a multiple of the kernel's tile of 3 or 6."""
+
+
+def mix_native(
+    values_THd: Tensor, layout: JaggedLayout, channels: Sequence[Channel], gaps: Optional[TimeGaps]
+) -> Tensor:
+    """See `token_mixing.mix_tokens`."""
+    if not supports(values_THd, channels):
+        raise UserError(
+            f"model.token_mixing: native needs a CPU, float32, a C compiler, and one temporal channel of {FORMS} at most; "
+            "auto takes what can be had"
+        )
+    kinds = " ".join(name for name, _ in channels)
+    times = [] if gaps is None else list(gaps.times[:2])
+    params, time_unit = [p for _, ps in channels for p in ps], 1.0 if gaps is None else gaps.time_unit
+    tasks_K3 = layout.row_tasks(TASK_ROWS)
+    return _mix(values_THd, layout.offsets_B1, tasks_K3, times, params, kinds, layout.max_length, time_unit)
+
+
+def supports(values_THd: Tensor, channels: Sequence[Channel]) -> bool:
+    names = [name for name, _ in channels]
+    known = all(name in ("positional", "zero", *FORMS) for name in names)
+    # The kernels take one channel of each kind.
+    single = names.count("positional") <= 1 and sum(name in FORMS for name in names) <= 1
+    return known and single and native.takes(values_THd, *(p for _, ps in channels for p in ps))
+
+
+def forward_of_users(
+    mixed_THCd: Tensor, values_THd: Tensor, users: Sequence[Tuple[int, int]], channels: Sequence[Channel], times: Times
+) -> None:
+    """Writes the rows of some users, (first row, length) each; for channels and values that `supports` takes."""
+    names, params = [name for name, _ in channels], [p for _, ps in channels for p in ps]
+    for c, name in enumerate(names):
+        if name == "zero":
+            mixed_THCd[:, :, c].zero_()
+    where, weight_N, sizes, scalars = _arguments_of_users(values_THd, users, times, params, names)
+    native.call("mix_forward", *where, weight_N, mixed_THCd, *sizes, *scalars)
+
+
+def backward_of_users(
+    grad_THd: Tensor,
+    grad_THCd: Tensor,
+    values_THd: Tensor,
+    users: Sequence[Tuple[int, int]],
+    channels: Sequence[Channel],
+    times: Times,
+) -> List[Tensor]:
+    """Writes the rows of these users into the values' gradient; returns the parameters' gradients."""
+    names, params = [name for name, _ in channels], [p for _, ps in channels for p in ps]
+    where, weight_N, sizes, scalars = _arguments_of_users(values_THd, users, times, params, names)
+    longest, sums_2 = max(n for _, n in users), torch.zeros(2, dtype=torch.float64)
+    grad_lags = torch.zeros(longest)
+    native.call("mix_backward", *where, weight_N, grad_THCd, grad_THd, grad_lags, sums_2, *sizes, *scalars)
+    return _parameter_gradients(names, params, grad_lags, sums_2)
+
+
+def _arguments_of_users(values_THd, users, times: Times, params, names: List[str]):
+    offsets_2B = torch.tensor([row for first, n in users for row in (first, first + n)])
+    tasks_K3 = row_tasks([n for _, n in users], TASK_ROWS)
+    tasks_K3[:, 0] *= 2  # a user's rows begin at every other offset
+    longest = max(n for _, n in users)
+    return _arguments(
+        _rows_at_one_distance(values_THd), offsets_2B, tasks_K3, times[:2], params, names, longest, times.time_unit
+    )
+
+
+@torch.library.custom_op("fuxi_torchrec::mix_native", mutates_args=())
+def _mix(
+    values_THd: Tensor,
+    offsets_B1: Tensor,
+    tasks_K3: Tensor,
+    times: List[Tensor],
+    params: List[Tensor],
+    kinds: str,
+    longest: int,
+    time_unit: float,
+) -> Tensor:
+    """[T, H, C, d]. times: timestamps and next timestamps, int64 [T], or none without a temporal channel; params: the
+    channels' parameters, one after the other; kinds: the channels' names, separated by spaces."""
+    names = kinds.split()
+    values_THd = _rows_at_one_distance(values_THd)
+    T, H, d = values_THd.shape
+    mixed_THCd = values_THd.new_empty(T, H, len(names), d)
+    for c, name in enumerate(names):
+        if name == "zero":
+            mixed_THCd[:, :, c].zero_()
+    where, weight_N, sizes, scalars = _arguments(
+        values_THd, offsets_B1, tasks_K3, times, params, names, longest, time_unit
+    )
+    native.call("mix_forward", *where, weight_N, mixed_THCd, *sizes, *scalars)
+    return mixed_THCd
+
+
+@_mix.register_fake
+def _(values_THd, offsets_B1, tasks_K3, times, params, kinds, longest, time_unit):
+    T, H, d = values_THd.shape
+    return values_THd.new_empty(T, H, len(kinds.split()), d)
+
+
+@torch.library.custom_op("fuxi_torchrec::mix_native_backward", mutates_args=())
+def _mix_backward(
+    grad_THCd: Tensor,
+    values_THd: Tensor,
+    offsets_B1: Tensor,
+    tasks_K3: Tensor,
+    times: List[Tensor],
+    params: List[Tensor],
+    kinds: str,
+    longest: int,
+    time_unit: float,
+) -> List[Tensor]:
+    """The gradients of values and of every parameter."""
+    names = kinds.split()
+    values_THd = _rows_at_one_distance(values_THd)
+    where, weight_N, sizes, scalars = _arguments(
+        values_THd, offsets_B1, tasks_K3, times, params, names, longest, time_unit
+    )
+    grad_THd, grad_lags = torch.empty(values_THd.shape), torch.zeros(max(1, longest))
+    sums_2 = torch.zeros(2, dtype=torch.float64)
+    outputs = (grad_THCd.contiguous(), grad_THd, grad_lags, sums_2)
+    native.call("mix_backward", *where, weight_N, *outputs, *sizes, *scalars)
+    return [grad_THd, *_parameter_gradients(names, params, grad_lags[:longest], sums_2)]
+
+
+@_mix_backward.register_fake
+def _(grad_THCd, values_THd, offsets_B1, tasks_K3, times, params, kinds, longest, time_unit):
+    return [values_THd.new_empty(values_THd.shape), *map(torch.empty_like, params)]
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    values_THd, offsets_B1, tasks_K3, times, params, *ctx.settings = inputs
+    ctx.sizes = len(times), len(params)
+    ctx.save_for_backward(values_THd, offsets_B1, tasks_K3, *times, *params)
+
+
+def _backward(ctx, grad_THCd):
+    values_THd, offsets_B1, tasks_K3, *rest = ctx.saved_tensors
+    times, params = rest[: ctx.sizes[0]], rest[ctx.sizes[0] :]
+    grad_THd, *grad_params = _mix_backward(grad_THCd, values_THd, offsets_B1, tasks_K3, times, params, *ctx.settings)
+    return grad_THd, None, None, [None] * ctx.sizes[0], grad_params, None, None, None
+
+
+_mix.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _rows_at_one_distance(values_THd: Tensor) -> Tensor:
+    """As it is where every row is contiguous, as for a part of the columns of a matrix."""
+    T, H, d = values_THd.shape
+    return values_THd if values_THd.stride()[1:] == (d, 1) else values_THd.contiguous()
+
+
+def _by_kind(names, params):
+    """(positional weights, name and parameters of the temporal channel), None where there is none."""
+    start, weight_N, temporal = 0, None, None
+    for name in names:
+        count = {"positional": 1, "zero": 0}.get(name, 2)
+        if name == "positional":
+            weight_N = params[start]
+        elif name != "zero":
+            temporal = (name, params[start : start + count])
+        start += count
+    return weight_N, temporal
+
+
+def _arguments(values_THd, offsets_B1, tasks_K3, times, params, names: List[str], longest: int, time_unit: float):
+    """The kernels' arguments: where the rows are, the lag weights, the sizes, and the scalars."""
+    T, H, d = values_THd.shape
+    weight_N, temporal = _by_kind(names, params)
+    # C looks nowhere: what is too short is read beyond its end.
+    assert weight_N is None or len(weight_N) >= longest, f"{len(weight_N)} lag weights for a sequence of {longest}"
+    a = rate = 0.0
+    times_T = next_times_T = None
+    if temporal is not None:
+        a, rate = _factor_and_rate(*temporal)
+        times_T, next_times_T = (x.contiguous() for x in times)
+    positional = names.index("positional") if weight_N is not None else -1
+    temporal_place = names.index(temporal[0]) if temporal is not None else -1
+    is_log = int(temporal is not None and temporal[0] == "pow")
+    where = (values_THd, values_THd.stride(0), offsets_B1, times_T, next_times_T)
+    sizes = (tasks_K3, len(tasks_K3), longest, H, d, len(names), positional, temporal_place, is_log)
+    return where, None if weight_N is None else weight_N.contiguous(), sizes, (a, rate, time_unit)
+
+
+def _factor_and_rate(name: str, params: Sequence[Tensor]) -> Tuple[float, float]:
+    a, b = params
+    return a.item(), (b if name == "pow" else b.exp()).item()
+
+
+def _parameter_gradients(names, params, grad_lags: Tensor, sums_2: Tensor) -> List[Tensor]:
+    """d/da = Σ dA U; d/db = −a Σ dA U L, times e^b for `exp`, whose rate is e^b."""
+    gradients = []
+    weight_N, temporal = _by_kind(names, params)
+    for name in names:
+        if name == "positional":
+            grad_N = torch.zeros_like(weight_N)
+            grad_N[: len(grad_lags)] = grad_lags
+            gradients.append(grad_N)
+        elif name != "zero":
+            a, b = temporal[1]
+            slope = sums_2[1].float() * -a
+            gradients += [sums_2[0].float().view_as(a), (slope if name == "pow" else slope * b.exp()).view_as(b)]
+    return gradients

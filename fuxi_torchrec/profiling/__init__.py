@@ -1,0 +1,1 @@
+"""What a step costs: time by stage, FLOPs, memory, traces."""

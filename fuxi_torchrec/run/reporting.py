@@ -1,0 +1,124 @@
+"""What a person and a program see of a run: a progress bar or plain lines, metrics.jsonl, TensorBoard, tables."""
+
+import sys
+from typing import Any, Dict, List, Optional
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fuxi_torchrec.run.folder import RunFolder
+
+TABLE_METRICS = ("ndcg@10", "ndcg@50", "hr@10", "hr@50", "mrr", "cross_entropy")
+
+
+class Progression:
+    """Reports a training run; silent on every rank but 0.
+
+    Args:
+        run: where metrics.jsonl and tensorboard/ are.
+        done: part of the run that is already done, 0 … 1.
+        first_step: steps already done when the run is resumed.
+    """
+
+    def __init__(self, run: RunFolder, done: float, first_step: int, is_main: bool):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.run, self.is_main = run, is_main
+        self.console = Console(stderr=True)
+        self.writer = SummaryWriter(run.tensorboard, purge_step=first_step + 1 if first_step else None) if is_main else None
+        self.bar: Optional[Progress] = None
+        if is_main and self.console.is_terminal:
+            columns = (BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+            self.bar = Progress(TextColumn("{task.description}"), *columns, console=self.console)
+            self.task = self.bar.add_task("starting", total=1.0, completed=done)
+            self.bar.start()
+
+    def training(self, line: Dict[str, Any]) -> None:
+        """A training line: step, epoch, loss, tokens_per_second, mfu where it is known, learning_rate."""
+        if not self.is_main:
+            return
+        self.run.append(line)
+        for name in ("loss", "tokens_per_second", "mfu", "learning_rate"):
+            if name in line:
+                self.writer.add_scalar(f"train/{name}", line[name], line["step"])
+        text = f"epoch {line['epoch']}  loss {line['loss']:.4f}  {line['tokens_per_second']:,.0f} tokens/s"
+        if "mfu" in line:
+            text += f"  MFU {line['mfu']:.1%}"
+        if self.bar:
+            self.bar.update(self.task, description=text)
+        else:
+            self.say(f"step {line['step']}  {text}  lr {line['learning_rate']:.3g}")
+
+    def step(self, done: float) -> None:
+        if self.bar:
+            self.bar.update(self.task, completed=done)
+
+    def evaluation(self, line: Dict[str, Any]) -> None:
+        """An evaluation line: split, step, epoch and every metric by name."""
+        if not self.is_main:
+            return
+        self.run.append(line)
+        for name, value in line.items():
+            if isinstance(value, float):
+                self.writer.add_scalar(f"{line['split']}/{name}", value, line["step"])
+        shown = "  ".join(f"{name} {line[name]:.4f}" for name in TABLE_METRICS if name in line)
+        which = f"{line['checkpoint']} checkpoint, " if "checkpoint" in line else ""
+        self.say(f"{which}epoch {line['epoch']}, {line['split']}:  {shown}")
+
+    def say(self, text: str) -> None:
+        """A line for the person watching, on standard error."""
+        if not self.is_main:
+            return
+        if self.bar:
+            self.bar.console.print(text, highlight=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.bar:
+            self.bar.stop()
+            self.bar = None
+        if self.writer:
+            self.writer.close()
+
+
+def print_results(rows: Dict[str, Dict[str, Any]], title: str) -> None:
+    """A titled table on standard output: a row a model, a column a metric; below it, how far
+    from the floor the models are, where the data has one."""
+    first = next(iter(rows.values()))
+    names: List[str] = [name for name in TABLE_METRICS if name in first]
+    table = Table()
+    table.add_column("model")
+    for name in names:
+        table.add_column(name, justify="right")
+    for model, metrics in rows.items():
+        table.add_row(model, *(f"{metrics[name]:.4f}" if name in metrics else "" for name in names))
+    print(f"\n{title}")
+    console().print(table)
+    for model, metrics in rows.items():
+        if "cross_entropy_floor" in metrics:
+            above, error = metrics["cross_entropy_minus_floor"], metrics["cross_entropy_minus_floor_stderr"]
+            floor = metrics["cross_entropy_floor"]
+            print(f"{model}'s cross-entropy is {above:.4f} ± {error:.4f} above the data's floor of {floor:.4f}")
+
+
+def print_recommendations(recommendations: Any) -> None:
+    """A table a user on standard output, of recommend.to_table's columns."""
+    by_user: Dict[str, List[Dict[str, Any]]] = {}
+    for row in recommendations.to_pylist():
+        by_user.setdefault(row["user"], []).append(row)
+    for user, rows in by_user.items():
+        table = Table()
+        for name in ("rank", "item", "title", "score"):
+            table.add_column(name, justify="left" if name == "title" else "right")
+        for row in rows:
+            table.add_row(str(row["rank"]), str(row["item_id"]), row["title"], f"{row['score']:.3f}")
+        print(f"\nuser {user}" if user != "history" else "\nhistory")
+        console().print(table)
+
+
+def console() -> Console:
+    """For standard output."""
+    # A pipe has no width: leave tables whole there.
+    return Console() if sys.stdout.isatty() else Console(width=200)

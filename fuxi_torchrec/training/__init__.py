@@ -1,0 +1,5 @@
+"""The training loop and what it is made of."""
+
+from fuxi_torchrec.training.trainer import Trainer
+
+__all__ = ["Trainer"]

@@ -1,0 +1,108 @@
+"""Where a run stands: what it counts, what a checkpoint holds of it beside tensors, and what is due there."""
+
+from typing import Any, Dict, Optional
+
+from fuxi_torchrec.config import Config
+from fuxi_torchrec.data.loader import Position
+from fuxi_torchrec.evaluation.metrics import is_better
+
+# Of a checkpoint's state; `positions` and `deals`, of all ranks, are the loader's.
+COUNTED = ("users_seen", "tokens", "flops", "best_value", "without_better", "evaluated_step", "evaluation_due")
+
+
+class RunState:
+    """The same on every rank, but for where each one's data goes on (`position`).
+
+    Args:
+        config: the run's.
+        num_users: of the data set.
+    """
+
+    def __init__(self, config: Config, num_users: int):
+        self.config, self.num_users = config, num_users
+        self.position = Position()
+        self.users_seen = 0  # of the current epoch, over all ranks
+        self.tokens, self.flops = 0, 0  # positions trained on since the first step and what they took, over all ranks
+        self.best_value: Optional[float] = None
+        self.without_better = 0
+        self.evaluated_step = -1
+        self.evaluation_due = False  # where a signal has put one off
+
+    def to_dict(self) -> Dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"step": self.step, "epoch": self.epochs_done, **{name: getattr(self, name) for name in COUNTED}}
+
+    def restore(self, state: Dict[str, Any], position: Position) -> None:
+        """Goes on from a checkpoint's state."""
+        self.position = position
+        for name in COUNTED:
+            setattr(self, name, state.get(name, getattr(self, name)))
+
+    def trained(self, position: Position, users: int, positions: int, flops: int) -> None:
+        """Counts a step, over all ranks."""
+        self.position = position
+        self.users_seen += users
+        self.tokens += positions
+        self.flops += flops
+
+    def begin_epoch(self, epoch: int) -> None:
+        self.position, self.users_seen = Position(epoch=epoch, step=self.step), 0
+
+    def evaluated(self, value: float) -> bool:
+        """Notes the metric of this step's model. Returns whether it is the best so far."""
+        self.evaluated_step = self.step
+        is_best = self.best_value is None or is_better(self.config.trainer.metric, value, self.best_value)
+        self.without_better = 0 if is_best else self.without_better + 1
+        if is_best:
+            self.best_value = value
+        return is_best
+
+    @property
+    def step(self) -> int:
+        return self.position.step
+
+    @property
+    def epochs_done(self) -> int:
+        """Epochs finished, the current one included once it has begun."""
+        return self.position.epoch + (1 if self.position.buffer or self.position.taken else 0)
+
+    @property
+    def done(self) -> float:
+        """Part of the run that is done, 0 … 1."""
+        trainer = self.config.trainer
+        by_epochs = (self.position.epoch + self.users_seen / max(self.num_users, 1)) / trainer.max_epochs
+        by_steps = self.step / trainer.max_steps if trainer.max_steps else 0.0
+        return min(1.0, max(by_epochs, by_steps))
+
+    @property
+    def is_finished(self) -> bool:
+        return self.position.epoch >= self.config.trainer.max_epochs or self.reached_max_steps
+
+    @property
+    def reached_max_steps(self) -> bool:
+        return self.config.trainer.max_steps is not None and self.step >= self.config.trainer.max_steps
+
+    @property
+    def patience_is_out(self) -> bool:
+        patience = self.config.trainer.patience
+        return patience is not None and self.without_better >= patience
+
+    def evaluates_after_step(self) -> bool:
+        every = self.config.evaluation.every_steps
+        return every is not None and self.step % every == 0
+
+    def saves_after_step(self) -> bool:
+        every = self.config.trainer.checkpoint_every_steps
+        return every is not None and self.step % every == 0 and not self.is_finished
+
+    def evaluates_after_epoch(self, epoch: int) -> bool:
+        every, already = self.config.evaluation.every_epochs, self.evaluated_step == self.step
+        return not already and (self.is_finished or bool(every and (epoch + 1) % every == 0))
+
+    def saves_after_epoch(self, epoch: int) -> bool:
+        return (epoch + 1) % self.config.trainer.checkpoint_every_epochs == 0 or self.is_finished
+
+    def chooses_nothing(self) -> bool:
+        """Whether only the last model is to be evaluated, and that at the very end."""
+        evaluation = self.config.evaluation
+        return self.best_value is None and evaluation.every_epochs is None and evaluation.every_steps is None

@@ -1,0 +1,1 @@
+"""The scaling-law fit of a sweep's results, and its report."""

@@ -1,0 +1,61 @@
+"""Numbers made once with the authors' research code: every tower and functional form must give the same ones."""
+
+
+import numpy as np
+import pytest
+
+from fuxi_torchrec.checkpoint.research_adapter import encoder_from_reference, reference_grads, reference_params
+from fuxi_torchrec.errors import UserError
+from tests.helpers.golden import FILES, load
+
+pytestmark = pytest.mark.usefixtures("kernels")
+
+
+
+
+
+def relative_error(actual, expected):
+    """Largest difference over the largest expected value."""
+    scale = np.abs(expected).max()
+    return np.abs(np.asarray(actual, dtype=np.float64) - expected).max() / (scale if scale > 0 else 1.0)
+
+
+def test_every_tower_and_form_is_covered():
+    assert len(FILES) == 15
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_outputs_loss_and_every_gradient(path):
+    config, data, params = load(path)
+    model = encoder_from_reference(config, params)
+    outputs = model(data["item_ids"], data["timestamps"], data["next_timestamps"], data["lengths"])
+    assert relative_error(outputs.detach().numpy(), data["outputs"]) < 1e-5
+    loss = model.loss(outputs, data["target_ids"], data["negative_ids"])
+    assert abs(loss.item() - float(data["loss"])) < 1e-5 * abs(float(data["loss"]))
+    loss.backward()
+    grads = reference_grads(model)
+    assert set(grads) == set(params) == {name[len("grad/") :] for name in data if name.startswith("grad/")}
+    for name, grad in grads.items():
+        expected = data["grad/" + name]
+        assert grad.shape == expected.shape
+        assert relative_error(grad, expected) < 1e-4, name
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_parameters_come_back_as_they_went_in(path):
+    config, _, params = load(path)
+    back = reference_params(encoder_from_reference(config, params))
+    assert set(back) == set(params)
+    for name, array in params.items():
+        np.testing.assert_array_equal(back[name], array)
+
+
+def test_a_wrong_parameter_is_named():
+    config, _, params = load(FILES[0])
+    name = "_input_features_preproc._pos_emb.weight"
+    with pytest.raises(UserError, match=name):
+        encoder_from_reference(config, {k: v for k, v in params.items() if k != name})
+    with pytest.raises(UserError, match="_nobody"):
+        encoder_from_reference(config, {**params, "_nobody": np.zeros(3, np.float32)})
+    with pytest.raises(UserError, match=name):
+        encoder_from_reference(config, {**params, name: params[name][:-1]})

@@ -1,0 +1,56 @@
+"""Tiny trainings in this process."""
+
+import os
+import signal
+
+from fuxi_torchrec.config import Config
+from fuxi_torchrec.config.rules import check
+from fuxi_torchrec.data.dataset import SequenceDataset
+from fuxi_torchrec.distributed.world import start_world
+from fuxi_torchrec.run.folder import RunFolder
+from fuxi_torchrec.training.trainer import Trainer
+
+
+def tiny(folder, **trainer):
+    config = Config()
+    config.data.path = folder
+    config.data.batch_size = 16
+    config.data.max_sequence_length = 20
+    config.model.embedding_dim = config.model.value_dim = config.model.qk_dim = 8
+    config.loss.num_negatives = 10
+    config.trainer.log_every_steps = 1
+    for key, value in {"max_epochs": 3, "device": "cpu", **trainer}.items():
+        setattr(config.trainer, key, value)
+    check(config)
+    return config
+
+
+def train(config, output, resume=False, before=None):
+    dataset = SequenceDataset(config.data.path)
+    with start_world("cpu") as world:
+        run = RunFolder.create(str(output), config, dataset.identity, resume)
+        trainer = Trainer(config, dataset, run, world, resume)
+        if before:
+            before(trainer)
+        return trainer.fit()
+
+
+def losses(output):
+    return [(line["step"], line["loss"]) for line in RunFolder(str(output)).metrics() if "loss" in line]
+
+
+def stop_after(steps):
+    """Sends this process a SIGTERM once `steps` steps are done."""
+
+    def arrange(trainer):
+        step = trainer._step
+
+        def counted(batch, stop):
+            done = step(batch, stop)
+            if trainer.state.position.step == steps:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return done
+
+        trainer._step = counted
+
+    return arrange

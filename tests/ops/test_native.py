@@ -1,0 +1,205 @@
+"""The CPU kernels in C: equal to PyTorch's spelling in value and gradient, and absent without harm."""
+
+import concurrent.futures
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fuxi_torchrec.ops.jagged import JaggedLayout
+from fuxi_torchrec.ops.native import library as native
+from fuxi_torchrec.ops.row_wise import dispatch as row_wise
+from fuxi_torchrec.ops.row_wise.dispatch import l2_normalize
+from fuxi_torchrec.ops.sampled_softmax.dispatch import per_token_sampled_softmax
+from fuxi_torchrec.ops.token_mixing.dispatch import mix_tokens
+from fuxi_torchrec.ops.token_mixing.time_maps import TIME_MAPS
+from tests.helpers.mixing import JAGGED, LENGTHS, assert_close, output_and_gradients
+
+needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C compiler here")
+
+
+def in_both(function, shapes, monkeypatch):
+    """[outputs and every gradient] with the kernels, and with PyTorch in their place."""
+    results = []
+    for library in (native.library, lambda: None):
+        monkeypatch.setattr(native, "library", library)
+        generator = torch.Generator().manual_seed(0)
+        inputs = [(3 * torch.randn(s, generator=generator)).requires_grad_() for s in shapes]
+        outputs = function(*inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        slopes = [torch.randn(y.shape, generator=generator) for y in outputs]
+        results.append([*(y.detach() for y in outputs), *torch.autograd.grad(outputs, inputs, slopes)])
+    return results
+
+
+ROW_FUNCTIONS = {
+    "rms_norm": (row_wise.rms_norm, [50]),
+    "gated_rms_norm": (row_wise.gated_rms_norm, [50, 50]),
+    "swiglu": (row_wise.swiglu, [34]),
+    "silu_split": (lambda x: row_wise.silu_split(x, (30, 7, 13)), [50]),
+    "l2_normalize": (l2_normalize, [17]),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("rows", [0, 1, 131])
+@pytest.mark.parametrize("name", ROW_FUNCTIONS)
+def test_rows_equal_pytorchs(name, rows, monkeypatch):
+    function, widths = ROW_FUNCTIONS[name]
+    actual, expected = in_both(function, [(rows, w) for w in widths], monkeypatch)
+    for a, e in zip(actual, expected):
+        torch.testing.assert_close(a, e, rtol=2e-6, atol=2e-6)
+
+
+@needs_compiler
+def test_a_gate_that_is_a_view_of_columns(monkeypatch):
+    def gated(x):
+        u, y, _ = row_wise.silu_split(x, (20, 20, 10))
+        return row_wise.gated_rms_norm(u, y)
+
+    actual, expected = in_both(gated, [(77, 50)], monkeypatch)
+    for a, e in zip(actual, expected):
+        torch.testing.assert_close(a, e, rtol=5e-6, atol=5e-6)
+
+
+@needs_compiler
+def test_the_input_step_adds_rows_of_the_position_table(monkeypatch):
+    position_T = torch.arange(90) % 11
+    actual, expected = in_both(
+        lambda x, table: row_wise.add_positions(x, table, position_T, 0.0, True), [(90, 23), (14, 23)], monkeypatch
+    )
+    for a, e in zip(actual, expected):
+        torch.testing.assert_close(a, e, rtol=1e-6, atol=1e-6)
+
+
+@needs_compiler
+@pytest.mark.parametrize("x", [-200.0, -88.0, -1e-9, 0.0, 1e-9, 20.0, 88.0, 300.0, float("inf"), float("nan")])
+def test_extreme_values_saturate_and_nan_stays(x):
+    value = torch.tensor([[x, 1.0]], requires_grad=True)
+    (out,) = row_wise.silu_split(value, (2,))
+    torch.testing.assert_close(out, torch.nn.functional.silu(value), rtol=1e-6, atol=1e-35, equal_nan=True)
+
+
+@needs_compiler
+def test_dropout_keeps_its_share_and_backward_its_mask():
+    torch.manual_seed(0)
+    x = torch.ones(3000, 200, requires_grad=True)
+    out = row_wise.dropout(x, 0.2, True)
+    dropped = (out == 0).double()
+    assert abs(dropped.mean() - 0.2) < 4 * (0.16 / x.numel()) ** 0.5
+    assert (dropped.mean(0) - 0.2).abs().max() < 5 * (0.16 / 3000) ** 0.5
+    assert (dropped.mean(1) - 0.2).abs().max() < 5.5 * (0.16 / 200) ** 0.5
+    centred = dropped - 0.2
+    for shift in (1, 2, 16):  # neighbours in a row and in a column know nothing of each other
+        assert abs((centred[:, :-shift] * centred[:, shift:]).mean()) < 1e-3
+        assert abs((centred[:-shift] * centred[shift:]).mean()) < 1e-3
+    out.sum().backward()
+    assert torch.equal(x.grad, out.detach())
+    assert not torch.equal(out, row_wise.dropout(x, 0.2, True))
+    torch.manual_seed(0)
+    assert torch.equal(out, row_wise.dropout(x, 0.2, True))
+
+
+@needs_compiler
+@pytest.mark.parametrize("normalised", [row_wise.rms_norm, lambda x, p, on: row_wise.gated_rms_norm(2 * x, x, p, on)])
+def test_dropout_after_a_norm_scales_what_it_keeps(normalised):
+    x = torch.randn(400, 50, requires_grad=True)
+    dropped, whole = normalised(x, 0.3, True), normalised(x, 0.3, False)
+    kept = dropped != 0
+    assert abs(kept.double().mean() - 0.7) < 0.02
+    torch.testing.assert_close(dropped, whole * kept / 0.7, rtol=1e-5, atol=1e-6)
+    slope = torch.randn(x.shape)
+    (actual,) = torch.autograd.grad(dropped, x, slope)
+    (expected,) = torch.autograd.grad(whole, x, slope * kept / 0.7)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("names", [("positional", "pow"), ("pow",), ("exp", "positional"), ("positional", "zero")])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=lambda lengths: f"{len(lengths)}users")
+@pytest.mark.parametrize("heads, d", [(1, 50), (8, 12), (1, 1)])
+def test_mixing_equals_the_reference_in_float64(names, lengths, heads, d):
+    actual = output_and_gradients(lengths, names, "native", torch.float32, heads, d)
+    expected = output_and_gradients(lengths, names, "reference", torch.float64, heads, d)
+    assert_close([x.double() for x in actual], expected, 1e-4)  # sums over all entries cancel: b's gradient
+
+
+@needs_compiler
+def test_results_do_not_depend_on_the_number_of_threads():
+    threads = torch.get_num_threads()
+    runs = []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            mixed = output_and_gradients(JAGGED, ("positional", "pow"), "native", torch.float32)
+            generator = torch.Generator().manual_seed(0)
+            rows = [torch.randn(r, 20, generator=generator).requires_grad_() for r in (300, 300, 40)]
+            index = torch.randint(0, 40, (300, 9), generator=generator)
+            loss = per_token_sampled_softmax(*rows, index, index[:, 0] - 1, 0.05)
+            runs.append([*mixed, loss.detach(), *torch.autograd.grad(loss, rows)])
+    finally:
+        torch.set_num_threads(threads)
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], other))
+
+
+@needs_compiler
+@pytest.mark.parametrize("place", ["outputs", "positives", "candidates"])
+def test_what_is_not_finite_breaks_the_loss(place):
+    rows = {name: torch.randn(5, 4) for name in ("outputs", "positives", "candidates")}
+    rows[place][2, 1] = float("nan")
+    index = torch.arange(5).repeat(5, 1)
+    assert not torch.isfinite(per_token_sampled_softmax(*rows.values(), index, torch.full((5,), -1), 0.05))
+
+
+@pytest.mark.usefixtures("kernels")
+def test_forms_that_no_kernel_knows_are_mixed_all_the_same():
+    for form in TIME_MAPS:
+        actual = output_and_gradients([3, 7], ("positional", form), "auto", torch.float32)
+        expected = output_and_gradients([3, 7], ("positional", form), "reference", torch.float32)
+        assert_close(actual, expected, 1e-3)
+
+
+@needs_compiler
+def test_what_would_be_read_beyond_its_end_is_refused():
+    rows = [torch.randn(5, 4) for _ in range(3)]
+    for wrong in (5, -1):
+        index = torch.arange(5).repeat(5, 1)
+        index[2, 3] = wrong
+        with pytest.raises(IndexError, match="of 5 candidates"):
+            per_token_sampled_softmax(*rows, index, torch.full((5,), -1), 0.05)
+    layout = JaggedLayout.from_lengths([9])
+    with pytest.raises(AssertionError, match="3 lag weights for a sequence of 9"):
+        mix_tokens(torch.randn(9, 1, 4), layout, [("positional", [torch.randn(3)])], implementation="native")
+
+
+PROBE = "from fuxi_torchrec.ops.native import library as native; print(native.library() is not None)"
+
+
+def probe(tmp_path, **environment):
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), **environment}
+    return subprocess.run([sys.executable, "-c", PROBE], env=env, capture_output=True, text=True, check=True)
+
+
+@needs_compiler
+def test_processes_that_compile_at_once_leave_one_library(tmp_path):
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        done = list(pool.map(lambda _: probe(tmp_path).stdout.strip(), range(3)))
+    assert done == ["True"] * 3
+    assert [p.suffix for p in (tmp_path / "fuxi_torchrec").iterdir()] == [".so"]
+
+
+def test_it_can_be_switched_off(tmp_path):
+    assert probe(tmp_path, FUXI_TORCHREC_NATIVE="0").stdout.strip() == "False"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_compiler_that_fails_is_said_once_and_pytorch_goes_on(tmp_path):
+    compiler = tmp_path / "cc"
+    compiler.write_text("#!/bin/sh\necho 'no such option' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    done = probe(tmp_path, CC=str(compiler))
+    assert done.stdout.strip() == "False"
+    assert done.stderr.count("could not be compiled (no such option)") == 1
