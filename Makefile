@@ -38,8 +38,9 @@ slurm: $(INSTALLED)  ## tests on a real Slurm of two nodes, brought up here (nee
 	timeout --signal=INT --kill-after=60 600 \
 		$(BIN)/python -m pytest -q -rs -m slurm --durations=10 tests/launch $(PYTEST_ARGS)
 
-lint: $(INSTALLED)  ## ruff
+lint: $(INSTALLED)  ## ruff, and the contract of who may import whom (pyproject.toml)
 	$(BIN)/ruff check .
+	PYTHONPATH=. $(BIN)/lint-imports --no-logo
 
 clean:  ## remove the virtual environment and caches (also what to do before another PYTHON is used)
 	rm -rf $(if $(wildcard $(VENV)/pyvenv.cfg),$(VENV)) build *.egg-info .pytest_cache .ruff_cache
