@@ -1,5 +1,6 @@
 """Training: resume goes on exactly, the best model is kept, a diverged loss and a signal stop it cleanly."""
 
+import importlib
 import os
 import signal
 
@@ -75,7 +76,8 @@ def test_evaluation_of_the_saved_model_gives_the_numbers_of_training(small_datas
 def test_ranking_some_batches_at_a_time_changes_nothing(small_dataset, tmp_path, monkeypatch):
     results = train(tiny(small_dataset, max_epochs=1), tmp_path / "run")
     run = RunFolder.open(str(tmp_path / "run"))
-    monkeypatch.setattr("fuxi_torchrec.evaluation.evaluate.BATCHES_A_RANKING", 1)
+    module = importlib.import_module("fuxi_torchrec.evaluation.evaluate")  # the package hands on its function by that name
+    monkeypatch.setattr(module, "BATCHES_A_RANKING", 1)
     with open_model(run, run.config(["--evaluation.batch_size", "7"]), "best") as saved:
         again = evaluate(saved.model, saved.dataset, saved.config, "test", saved.world)
     assert again == pytest.approx(results["test"], rel=1e-5)
