@@ -1,8 +1,18 @@
-"""The FuXi block with pluggable token-mixing channels: FuXi-α, FuXi-β and every ablation between them are one block.
+"""FuXi-β (arXiv 2508.10615): a block whose token mixing asks only where and when, never what: no query-key map.
 
-Source: FuXi-α (arXiv 2502.03036), sections 3.2 to 3.4; FuXi-β (arXiv 2508.10615), section 3; docs/models.md, "FuXi block".
+The block, in the order of docs/models.md, "FuXi block"; x its input, A_c the map of channel c, causal:
 
-Shapes: T tokens, D embedding, H heads, d value and q query/key size per head, C channels, F feed-forward width.
+    (1)  u, v = split(SiLU(RMSNorm(x) W_in))
+    (2)  y    = per head, A_c v of all channels side by side     positional, A[i,j] = w[i - j], and
+                                                                 temporal, A[i,j] = f(t_{i+1} - t_j), in FuXi-β
+    (3)  m    = u ⊙ RMSNorm(y)
+    (4)  h    = x + dropout(m) W_0 + b_0
+    (5)  g    = dropout(RMSNorm(h))
+    (6)  next = h + (SiLU(g W_1) ⊙ (g W_3)) W_2
+
+FuXi-α (arXiv 2502.03036) is the same block with other channels, and so is every ablation between the two.
+
+Shapes: T tokens, D embedding, H heads, d value and q query/key size per head, E = H * d, C channels, F feed-forward width.
 """
 
 from typing import Sequence, Tuple
@@ -34,10 +44,10 @@ def ordered_channels(names: Sequence[str]) -> Tuple[str, ...]:
 
 
 class FuXiBlock(MixingBlock):
-    """Token mixing per channel, gated; then the two-stage feed-forward layer, or its first stage alone (F = 0).
+    """A token-mixing stage, then a feed-forward stage, each on a residual line.
 
     Parameters: input_weight = W_in, output_weight/bias = W_0 and b_0 (transposed), ffn_in_weight = W_1 above W_3
-    (transposed), ffn_out_weight = W_2 (transposed).
+    (transposed), ffn_out_weight = W_2 (transposed); without the feed-forward stage (ffn_multiply 0) the last two are absent.
     """
 
     def __init__(self, config: ModelConfig, channels: Sequence[str], padded_length: int) -> None:
@@ -57,37 +67,20 @@ class FuXiBlock(MixingBlock):
             self.ffn_in_weight = nn.Parameter(torch.empty(2 * self.ffn_width, D))
             self.ffn_out_weight = nn.Parameter(torch.empty(D, self.ffn_width))
 
-    def reset_parameters(self) -> None:
-        nn.init.normal_(self.input_weight, std=0.02)
-        nn.init.xavier_uniform_(self.output_weight)
-        reset_linear_bias(self.output_bias, self.mixed_width)
-        if self.ffn_width:
-            for half in self.ffn_in_weight.data.chunk(2):
-                nn.init.xavier_uniform_(half)
-            nn.init.xavier_uniform_(self.ffn_out_weight)
-        self.reset_mixers()
-
     def forward(self, x_TD: Tensor, context: MixingContext) -> Tensor:
+        """Computes the block, equations (1) to (6), on the rows of all users."""
         u, v_TE, queries_keys = self.project(x_TD)
-        return self.finish(x_TD, u, self.mix(v_TE, queries_keys, context))
+        y = self.mix(v_TE, queries_keys, context)
+        return self.residual_stages(x_TD, u, y)
 
     def project(self, x_TD: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
-        """Gates [T, C * H * d], values [T, H * d], and queries beside keys [T, 2 * H * q]."""
+        """Projects to gates u [T, C * H * d], values v [T, H * d] and queries beside keys [T, 2 * H * q] (1)."""
         values = self.num_heads * self.value_dim
         z_TW = rms_norm(x_TD) @ self.input_weight
         return silu_split(z_TW, (self.mixed_width, values, z_TW.shape[1] - self.mixed_width - values))
 
-    def finish(self, x_TD: Tensor, u: Tensor, y: Tensor) -> Tensor:
-        """The block's output from its input, the gates and what the channels mixed, [T, C * H * d] each."""
-        mixed = gated_rms_norm(u, y, self.dropout, self.training)
-        h_TD = F.linear(mixed, self.output_weight, self.output_bias) + x_TD
-        if not self.ffn_width:
-            return h_TD
-        g_TD = rms_norm(h_TD, self.dropout, self.training)
-        return F.linear(swiglu(F.linear(g_TD, self.ffn_in_weight)), self.ffn_out_weight) + h_TD
-
     def mix(self, v_TE: Tensor, queries_keys: Tensor, context: MixingContext) -> Tensor:
-        """[T, C * H * d], per head the channels side by side."""
+        """Mixes each user's values by every channel's causal map (2): [T, C * H * d], per head the channels side by side."""
         v_THd = v_TE.unflatten(1, (self.num_heads, self.value_dim))
         parts = []
         if self.mixers:
@@ -97,6 +90,31 @@ class FuXiBlock(MixingBlock):
             y_THd = silu_attention(q_THq, k_THq, v_THd, context.layout, scale=1 / self.padded_length)
             parts.append(y_THd.unsqueeze(2))
         return (parts[0] if len(parts) == 1 else torch.cat(parts, 2)).flatten(1)
+
+    def residual_stages(self, x_TD: Tensor, u: Tensor, y: Tensor) -> Tensor:
+        """Adds both stages to the block's input; u gates, y mixed values, [T, C * H * d] each."""
+        h_TD = x_TD + self.gated_output(u, y)
+        return h_TD + self.feed_forward(h_TD) if self.ffn_width else h_TD
+
+    def gated_output(self, u: Tensor, y: Tensor) -> Tensor:
+        """Gates what was mixed and projects it back to [T, D] (3), (4)."""
+        return F.linear(gated_rms_norm(u, y, self.dropout, self.training), self.output_weight, self.output_bias)
+
+    def feed_forward(self, h_TD: Tensor) -> Tensor:
+        """Applies the SwiGLU network to every row (5), (6)."""
+        g_TD = rms_norm(h_TD, self.dropout, self.training)
+        return F.linear(swiglu(F.linear(g_TD, self.ffn_in_weight)), self.ffn_out_weight)
+
+    def reset_parameters(self) -> None:
+        """Draws every parameter anew."""
+        nn.init.normal_(self.input_weight, std=0.02)
+        nn.init.xavier_uniform_(self.output_weight)
+        reset_linear_bias(self.output_bias, self.mixed_width)
+        if self.ffn_width:
+            for half in self.ffn_in_weight.data.chunk(2):
+                nn.init.xavier_uniform_(half)
+            nn.init.xavier_uniform_(self.ffn_out_weight)
+        self.reset_mixers()
 
 
 class FuXiEncoder(MixingEncoder):
@@ -123,7 +141,7 @@ class FuXiEncoder(MixingEncoder):
         context, values = self.batch_context(timestamps_T, next_timestamps_T, layout), []
         for block in self.blocks:
             u, v_TE, queries_keys = block.project(x_TD)
-            x_TD = block.finish(x_TD, u, block.mix(v_TE, queries_keys, context))
+            x_TD = block.residual_stages(x_TD, u, block.mix(v_TE, queries_keys, context))
             values.append(v_TE)
         return torch.stack(values, 1)
 

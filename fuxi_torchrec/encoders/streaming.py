@@ -242,7 +242,7 @@ def _run(encoder, state: StreamingState, next_B: Tensor) -> Tuple[Tensor, Tensor
             _mixed(encoder, block, name, state, level, v_BE, since_B, own_B).unflatten(1, (block.num_heads, block.value_dim))
             for name in block.mixers
         ]
-        x_BD = block.finish(x_BD, u, torch.stack(parts, 2).flatten(1))
+        x_BD = block.residual_stages(x_BD, u, torch.stack(parts, 2).flatten(1))
         values.append(v_BE)
     return x_BD, torch.stack(values, 1)
 
