@@ -75,5 +75,6 @@ class HSTUEncoder(SequenceEncoder):
 
     def batch_context(self, timestamps_T: Tensor, next_timestamps_T: Tensor, layout: JaggedLayout) -> HSTUContext:
         gaps = TimeGaps(timestamps_T, next_timestamps_T, layout, self.time_unit)
-        prepare(layout, [block.bucketed_temporal.channel() for block in self.blocks], gaps)
+        # Attention reads its buckets strip by strip, as blocked token mixing does.
+        prepare(layout, [block.bucketed_temporal.channel() for block in self.blocks], gaps, "blocked")
         return HSTUContext(layout, gaps)

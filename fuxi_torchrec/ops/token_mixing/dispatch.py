@@ -18,7 +18,7 @@ from fuxi_torchrec.ops.token_mixing import triton as triton_mixing
 from fuxi_torchrec.ops.token_mixing.linear import LINEAR_FORMS
 from fuxi_torchrec.ops.token_mixing.operator import make_features, mix_op
 from fuxi_torchrec.ops.token_mixing.reference import mix_reference
-from fuxi_torchrec.ops.token_mixing.time_gaps import CACHED_ENTRIES, TimeGaps
+from fuxi_torchrec.ops.token_mixing.time_gaps import CACHED_ENTRIES, FeatureKey, TimeGaps
 from fuxi_torchrec.ops.token_mixing.time_maps import Channel
 
 Implementation = Literal["auto", "reference", "exact", "blocked", "native", "linear", "triton"]
@@ -138,11 +138,9 @@ def _mix(values_THd, layout, channels, gaps: Optional[TimeGaps], part: _Part) ->
     params = [p for _, ps in channels for p in ps]
     nothing = values_THd.new_empty(0)
     times = [nothing, nothing] if gaps is None else list(gaps.times[:2])
-    features = [nothing] * len(channels)
-    if gaps is not None:
-        features = [
-            gaps.features.get((name, linear_from, in_c, ps[0].dtype), nothing) if ps else nothing for name, ps in channels
-        ]
+    made = {} if gaps is None else gaps.features
+    keys = [FeatureKey(name, linear_from, in_c, ps[0].dtype) if ps else None for name, ps in channels]
+    features = [made.get(key, nothing) for key in keys]
     slots = layout.slots
     slots = [slots.users_B5, slots.token_P, slots.slot_T, slots.padding_slots]
     kinds = " ".join(name for name, _ in channels)
@@ -160,7 +158,6 @@ def prepare(
         for name, params in (channels[c] for c in part.members):
             if name in ("positional", "zero"):
                 continue
-            key = (name, part.linear_from, part.in_c, params[0].dtype)
+            key = FeatureKey(name, part.linear_from, part.in_c, params[0].dtype)
             if key not in gaps.features:
-                linear_from, in_c, dtype = key[1:]
-                gaps.features[key] = make_features(name, dtype, gaps.times, layout.slots, linear_from, in_c, CACHED_ENTRIES)
+                gaps.features[key] = make_features(key, gaps.times, layout.slots, CACHED_ENTRIES)

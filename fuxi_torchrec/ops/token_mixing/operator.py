@@ -16,7 +16,7 @@ from fuxi_torchrec.ops.jagged import Slots
 from fuxi_torchrec.ops.token_mixing import native as mixing_native
 from fuxi_torchrec.ops.token_mixing.blocked import blocked_backward, blocked_forward
 from fuxi_torchrec.ops.token_mixing.linear import LinearGaps, linear_backward, linear_forward
-from fuxi_torchrec.ops.token_mixing.time_gaps import StripGaps, Times
+from fuxi_torchrec.ops.token_mixing.time_gaps import FeatureKey, StripGaps, Times
 from fuxi_torchrec.ops.token_mixing.time_maps import TIME_MAPS, Channel
 
 PARAMETERS = {
@@ -96,11 +96,10 @@ def _gaps(
     )
 
 
-def make_features(
-    name: str, dtype: torch.dtype, times: Times, slots: Slots, linear_from: Optional[int], in_c: bool, most: int
-) -> Tensor:
+def make_features(key: FeatureKey, times: Times, slots: Slots, most: int) -> Tensor:
     """What a temporal channel reads of the times, in one flat tensor for the operator's `features`; empty where that would
     be more than `most` entries."""
+    name, linear_from, in_c, dtype = key
     empty = torch.empty(0, dtype=dtype, device=slots.token_P.device)
     strips, linear = _gaps(name, dtype, times, *slots.split(linear_from), in_c, empty)
     if strips.count() + linear.count() > most:

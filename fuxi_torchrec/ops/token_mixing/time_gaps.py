@@ -41,6 +41,16 @@ class Times(NamedTuple):
     tolerance: float = DEFAULT_TOLERANCE
 
 
+class FeatureKey(NamedTuple):
+    """What tells the features of a batch's time gaps apart: whose map reads them (a temporal channel's name), from which
+    length on users are mixed in linear time (None: nobody is), whether the others are mixed in C, and the maps' dtype."""
+
+    channel: str
+    linear_from: Optional[int]
+    in_c: bool
+    dtype: torch.dtype
+
+
 class StripGaps:
     """One feature of t_{i+1} - t_j for the strips of some length groups: rows i, columns j of every user of a group.
 
@@ -93,7 +103,7 @@ class TimeGaps:
     """The times of a batch, and what is made of them once for all blocks.
 
     timestamps_T, next_timestamps_T: int64 [T] ticks; time_unit: seconds per tick; tolerance: see `Times`. features: what
-    `token_mixing.prepare` made of them, by channel.
+    `token_mixing.prepare` made of them.
     """
 
     def __init__(
@@ -107,7 +117,7 @@ class TimeGaps:
         assert timestamps_T.dtype == next_timestamps_T.dtype == torch.int64
         self.times = Times(timestamps_T, next_timestamps_T, time_unit, tolerance)
         self.layout = layout
-        self.features: Dict[tuple, Tensor] = {}
+        self.features: Dict[FeatureKey, Tensor] = {}
 
     @property
     def timestamps_T(self) -> Tensor:
@@ -122,8 +132,8 @@ class TimeGaps:
         return self.times.time_unit
 
     def strips(self, name: str, dtype: torch.dtype) -> StripGaps:
-        """Of the temporal channel `name`, for all users; from what `token_mixing.prepare` made, if it did."""
-        cached = self.features.get((name, None, dtype))
+        """Of the temporal channel `name`, for all users; from what `token_mixing.prepare` made for "blocked", if it did."""
+        cached = self.features.get(FeatureKey(name, linear_from=None, in_c=False, dtype=dtype))
         cached = None if cached is None or not cached.numel() else cached
         return StripGaps(self.layout.slots, self.times, TIME_MAPS[name].feature, dtype, cached)
 
