@@ -8,6 +8,9 @@ from typing import Optional, Tuple, Union
 
 import numpy as np
 
+CHUNK = 2**20
+"""Items that a table is built for at a time, where that needs memory of their number."""
+
 
 class AliasTable:
     """Walker's alias method: item v is kept with probability keep[v] or exchanged for alias[v], v being uniform.
@@ -20,29 +23,35 @@ class AliasTable:
     Args:
         weight_V: non-negative weights, at least one of them positive; they need not sum to one.
 
-    Takes 12 bytes an item (8 more beyond 2^31 items).
+    Takes 12 bytes an item (8 more beyond 2^31 items), and three times as much while it is built.
     """
 
     def __init__(self, weight_V: np.ndarray):
         weight_V = np.asarray(weight_V, dtype=np.float64)
-        scaled_V = weight_V * (len(weight_V) / weight_V.sum())
-        self.keep_V = np.minimum(scaled_V, 1.0)
-        id_dtype = np.int32 if len(weight_V) <= np.iinfo(np.int32).max else np.int64
-        self.alias_V = np.arange(len(weight_V), dtype=id_dtype)
-        light_L, heavy_H = np.flatnonzero(scaled_V < 1), np.flatnonzero(scaled_V >= 1)
+        V = len(weight_V)
+        id_dtype = np.int32 if V <= np.iinfo(np.int32).max else np.int64
+        self.alias_V = np.arange(V, dtype=id_dtype)
+        self.keep_V = weight_V * (V / weight_V.sum())  # heavy items' excess over 1 goes to light ones, below
+        is_light_V = self.keep_V < 1
+        light_L, heavy_H = self.alias_V[is_light_V], self.alias_V[~is_light_V]
         if len(light_L) == 0:
+            np.minimum(self.keep_V, 1.0, out=self.keep_V)
             return
-        need_L = np.cumsum(1 - scaled_V[light_L])
-        excess_H = np.cumsum(scaled_V[heavy_H] - 1)
+        need_L1, excess_H = np.zeros(len(light_L) + 1), self.keep_V[heavy_H]
+        np.subtract(1, self.keep_V[light_L], out=need_L1[1:])
+        np.cumsum(need_L1, out=need_L1)  # up to each light item, and after the last
+        np.cumsum(np.subtract(excess_H, 1, out=excess_H), out=excess_H)
+        self.keep_V[heavy_H] = 1.0
         last = len(heavy_H) - 1  # rounding can leave the last one a little short of what is asked of it
         # A light item goes to the first heavy one whose excess was not used up by the light items before it.
-        served_L = np.concatenate([[0.0], need_L[:-1]])
-        self.alias_V[light_L] = heavy_H[np.searchsorted(excess_H, served_L).clip(max=last)]
+        for start in range(0, len(light_L), CHUNK):
+            stop = min(start + CHUNK, len(light_L))
+            self.alias_V[light_L[start:stop]] = heavy_H[np.searchsorted(excess_H, need_L1[start:stop]).clip(max=last)]
         # A heavy item is used up by the first light one whose need goes beyond it, and leaves the rest to the next.
-        ending_H = np.searchsorted(need_L, excess_H, side="right")
-        used_up_H = (ending_H < len(need_L)) & (np.arange(len(heavy_H)) < last)
+        ending_H = np.searchsorted(need_L1[1:], excess_H, side="right")
+        used_up_H = (ending_H < len(light_L)) & (np.arange(len(heavy_H)) < last)
         ending_H, index_H = ending_H[used_up_H], np.flatnonzero(used_up_H)
-        self.keep_V[heavy_H[index_H]] = (1 + excess_H[index_H] - need_L[ending_H]).clip(0, 1)
+        self.keep_V[heavy_H[index_H]] = (1 + excess_H[index_H] - need_L1[1 + ending_H]).clip(0, 1)
         self.alias_V[heavy_H[index_H]] = heavy_H[index_H + 1]
 
     def draw(self, generator: np.random.Generator, size: Union[int, Tuple[int, ...]]) -> np.ndarray:
@@ -70,11 +79,16 @@ class ItemDistribution:
 
     @cached_property
     def _table(self) -> AliasTable:
-        return AliasTable((self.frequency_V + 1.0) ** self.alpha)
+        return AliasTable(self._weights())
 
     @cached_property
     def _total(self) -> float:
-        return float(((self.frequency_V + 1.0) ** self.alpha).sum())
+        return float(self._weights().sum())
+
+    def _weights(self) -> np.ndarray:
+        weight_V = self.frequency_V + 1.0
+        weight_V **= self.alpha
+        return weight_V
 
     def draw(self, generator: np.random.Generator, size: Union[int, Tuple[int, ...]], dtype: type) -> np.ndarray:
         """Ids drawn independently, with replacement."""
