@@ -18,8 +18,9 @@ from fuxi_torchrec.config import LossConfig
 from fuxi_torchrec.data.dataset import SequenceDataset
 from fuxi_torchrec.data.item_distribution import ItemDistribution
 
-# Up to this many items, unique ids are found by marking them in a table of the catalogue's size; beyond it by sorting.
-MARK_LIMIT = 1 << 26
+# Up to this many items a draw, unique ids are found by marking them in a table of the catalogue's size, beyond by sorting:
+# about where the two take the same time, so that no step costs more for a larger catalogue.
+MARKED_ITEMS = 16
 # With this many draws an item or more, nearly every item is drawn: all are looked up, and no unique ids are sought.
 FEW_ITEMS = 4
 
@@ -136,7 +137,7 @@ def _weighs_in_batch(config: LossConfig) -> bool:
 
 def _unique(drawn_TK: np.ndarray, positive_ids_T: np.ndarray, num_items: int) -> Negatives:
     """Unique ids in ascending order, and where each drawn id and each positive stands among them."""
-    if num_items <= MARK_LIMIT:
+    if num_items <= MARKED_ITEMS * drawn_TK.size:
         row_of_item = np.full(num_items, -1, dtype=np.int32)
         row_of_item[drawn_TK.reshape(-1)] = 0
         ids_U = np.flatnonzero(row_of_item == 0)

@@ -197,7 +197,7 @@ def test_shared_pool_is_one_draw_for_the_step(small_dataset):
 
 def test_both_ways_to_find_unique_ids_agree(small_dataset, monkeypatch):
     marked = contents(next(stream(small_dataset).epoch(Position())))
-    monkeypatch.setattr("fuxi_torchrec.data.negative_sampler.MARK_LIMIT", 1)
+    monkeypatch.setattr("fuxi_torchrec.data.negative_sampler.MARKED_ITEMS", 0)
     assert contents(next(stream(small_dataset).epoch(Position()))) == marked
 
 
