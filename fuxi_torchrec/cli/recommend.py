@@ -37,9 +37,9 @@ def _recommend(arguments: List[str]) -> int:
         scores, items = rec.recommend(
             saved.model, saved.dataset, saved.config, saved.world, requests, options.k, requested, options.include_seen
         )
-        table = rec.to_table(requests, scores, items, catalogue)
         if not saved.world.is_main:
             return 0
+        table = rec.to_table(requests, scores, items, catalogue)
     if options.output:
         import pyarrow.parquet as pq
 

@@ -3,14 +3,16 @@
 Shape suffixes: U users of a row group, E their events laid end to end.
 """
 
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import List, Optional, Sequence
+from typing import BinaryIO, Dict, Iterator, List, Optional, Sequence
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from fuxi_torchrec.data.format import ITEMS_FILE, LOG_PROBS_COLUMN, TRAIN_FOLDER, read_identity
+from fuxi_torchrec.data.format import ITEMS_FILE, LOG_PROBS_COLUMN, TRAIN_FOLDER, USERS_FILE, read_identity
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.paths import join, path_manager
 
@@ -41,8 +43,6 @@ class UserRows:
         log_probs_E = None if self.log_probs_E is None else self.log_probs_E[events]
         ids_E, times_E = self.item_ids_E[events], self.timestamps_E[events]
         return UserRows(self.user_ids_U[begin:end], offsets - offsets[0], ids_E, times_E, log_probs_E)
-
-
 
 
 class SequenceDataset:
@@ -87,32 +87,47 @@ class SequenceDataset:
                 user = rows.user_ids_U[np.searchsorted(rows.offsets_U1, event, side="right") - 1]
                 raise UserError(f"{where}, user {user}: {what}; prepare the data set again")
 
-    def items(self, columns: Optional[List[str]] = None) -> pa.Table:
-        """items.parquet: item_id, source_id, title, frequency (or some of them), in the order of item_id."""
+    def items(self, columns: Optional[List[str]] = None, where: Optional[pc.Expression] = None) -> pa.Table:
+        """items.parquet: item_id, source_id, title, frequency (or some of them), in the order of item_id.
+
+        where: of these items alone; the others are read past, not held.
+        """
         path = join(self.folder, ITEMS_FILE)
-        try:
-            with path_manager().open(path, "rb") as file:
-                table = pq.read_table(file, columns=columns and ["item_id", *columns]).sort_by("item_id")
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{path}: cannot be read ({_first_line(error)}); prepare the data set again") from None
-        if table.num_rows != self.identity.num_items:
-            raise UserError(
-                f"{path}: {table.num_rows} items, dataset.json says {self.identity.num_items}; "
-                "prepare the data set again"
-            )
+        with _readable(path) as file:
+            table = pq.read_table(file, columns=columns and ["item_id", *columns], filters=where).sort_by("item_id")
+        if where is None:
+            self._check_items(path, table.num_rows)
         return table
+
+    def _check_items(self, path: str, found: int) -> None:
+        if found != self.identity.num_items:
+            raise UserError(
+                f"{path}: {found} items, dataset.json says {self.identity.num_items}; prepare the data set again"
+            )
+
+    def user_ids(self, source_ids: Sequence[str]) -> Optional[Dict[str, int]]:
+        """Finds users by the source's text ids: {source id: user_id} of those that there are. None where the source's ids
+        are the data set's own, int64."""
+        path = join(self.folder, USERS_FILE)
+        if not path_manager().isfile(path):
+            return None
+        with _readable(path) as file:
+            found = pq.read_table(file, filters=pc.field("source_id").isin(pa.array(source_ids, pa.string())))
+        return dict(zip(found["source_id"].to_pylist(), found["user_id"].to_pylist()))
 
     @property
     def has_log_probs(self) -> bool:
         return LOG_PROBS_COLUMN in self.identity.columns
 
 
-
-
-
-
-
-
+@contextmanager
+def _readable(path: str) -> Iterator[BinaryIO]:
+    """Opens a Parquet file. Raises UserError where it cannot be read, now or within the block."""
+    try:
+        with path_manager().open(path, "rb") as file:
+            yield file
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: cannot be read ({_first_line(error)}); prepare the data set again") from None
 
 
 def check_enough_data(dataset: SequenceDataset, processes: int) -> None:

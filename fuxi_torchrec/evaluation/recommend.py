@@ -9,21 +9,18 @@ from typing import Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 import torch
 from torch import nn
 
 from fuxi_torchrec.config import Config
 from fuxi_torchrec.data.batch import collate
 from fuxi_torchrec.data.dataset import SequenceDataset, UserRows, concatenate
-from fuxi_torchrec.data.format import USERS_FILE
 from fuxi_torchrec.data.splits import Windows
 from fuxi_torchrec.distributed.world import World
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.evaluation import full_ranking
 from fuxi_torchrec.ops.ranking import Seen
-from fuxi_torchrec.paths import join, path_manager
 
 
 @dataclass
@@ -36,24 +33,23 @@ class Request:
 
 
 class Catalogue:
-    """Dense item ids to the source's ids and titles, and back."""
+    """Dense item ids to the source's ids and titles, and back. Each answer is a pass over items.parquet: what is held is
+    what was asked for."""
 
     def __init__(self, dataset: SequenceDataset):
-        table = dataset.items()
-        self.source_ids = table["source_id"].to_pylist()
-        titles = table["title"].to_pylist() if "title" in table.column_names else [None] * len(self.source_ids)
-        self.titles = [title or "" for title in titles]
-        self._dense = {str(source): dense for dense, source in enumerate(self.source_ids)}
+        self.dataset = dataset
 
-    def has(self, source_id: str) -> bool:
-        return source_id.strip() in self._dense
+    def dense_ids(self, source_ids: Sequence[str]) -> Dict[str, int]:
+        """Finds items by the source's ids, numbers as text: {source id: dense id} of those that there are."""
+        asked = pc.field("source_id").cast(pa.string()).isin(pa.array(source_ids, pa.string()))
+        found = self.dataset.items(["source_id"], where=asked)
+        return dict(zip(map(str, found["source_id"].to_pylist()), found["item_id"].to_pylist()))
 
-    def dense(self, source_id: str) -> int:
-        """Raises UserError for an id that the catalogue does not have."""
-        try:
-            return self._dense[source_id.strip()]
-        except KeyError:
-            raise UserError(f"item {source_id!r} is not in the catalogue of {len(self.source_ids)} items") from None
+    def describe(self, dense_ids: np.ndarray) -> pa.Table:
+        """Reads source_id and title of some items, a row for each of dense_ids (int64), in their order."""
+        asked, row_of_asked = np.unique(dense_ids, return_inverse=True)
+        found = self.dataset.items(["source_id", "title"], where=pc.field("item_id").isin(pa.array(asked, pa.int64())))
+        return found.take(row_of_asked)
 
 
 def to_int64(text: str, what: str) -> int:
@@ -65,12 +61,17 @@ def to_int64(text: str, what: str) -> int:
 
 def history_request(text: str, catalogue: Catalogue, at: int) -> Request:
     """A history `item,item@time,…` of the source's item ids, oldest first; items without a time happen at `at`."""
-    events: List[Tuple[int, int]] = []
-    for part in text.split(","):
-        item, mark, when = (part, "", "") if catalogue.has(part) else part.rpartition("@")
+    parts, events = text.split(","), []
+    dense_ids = catalogue.dense_ids([name.strip() for part in parts for name in (part, part.rpartition("@")[0])])
+    for part in parts:
+        item, mark, when = (part, "", "") if part.strip() in dense_ids else part.rpartition("@")
         if not mark:
             item = part
-        events.append((catalogue.dense(item), to_int64(when, f"--history: the time of item {item!r}") if mark else at))
+        if item.strip() not in dense_ids:
+            items = catalogue.dataset.identity.num_items
+            raise UserError(f"item {item!r} is not in the catalogue of {items} items")
+        time = to_int64(when, f"--history: the time of item {item!r}") if mark else at
+        events.append((dense_ids[item.strip()], time))
     events.sort(key=lambda event: event[1])  # stable
     return Request("history", np.array([e[0] for e in events]), np.array([e[1] for e in events]))
 
@@ -93,14 +94,8 @@ def user_requests(dataset: SequenceDataset, users: Sequence[str]) -> List[Reques
 
 
 def _user_ids(dataset: SequenceDataset, users: Sequence[str]) -> Dict[str, int]:
-    path = join(dataset.folder, USERS_FILE)
-    if path_manager().isfile(path):
-        with path_manager().open(path, "rb") as file:
-            table = pq.read_table(file)
-        names = pa.compute.is_in(table["source_id"], value_set=pa.array(list(users), table["source_id"].type))
-        known = table.filter(names)
-        ids = dict(zip(known["source_id"].to_pylist(), known["user_id"].to_pylist()))
-    else:
+    ids = dataset.user_ids(users)
+    if ids is None:
         ids = {user: to_int64(user, "--users") for user in users}
     for user in users:
         if user not in ids:
@@ -163,14 +158,14 @@ def to_table(requests: Sequence[Request], scores_Bk: np.ndarray, items_Bk: np.nd
     """Columns user (string), rank (int32, from 1), item_id (the source's), dense_id int64, title, score float32."""
     found = items_Bk >= 0
     user_index, rank = np.nonzero(found)
-    dense = items_Bk[found]
+    described = catalogue.describe(items_Bk[found])
     return pa.table(
         {
             "user": pa.array([requests[i].label for i in user_index], pa.string()),
             "rank": pa.array(rank + 1, pa.int32()),
-            "item_id": pa.array([catalogue.source_ids[i] for i in dense]),
-            "dense_id": pa.array(dense, pa.int64()),
-            "title": pa.array([catalogue.titles[i] for i in dense], pa.string()),
+            "item_id": described["source_id"],
+            "dense_id": described["item_id"],
+            "title": described["title"].fill_null(""),
             "score": pa.array(scores_Bk[found], pa.float32()),
         }
     )
