@@ -23,6 +23,7 @@ from fuxi_torchrec.data.batch import EVENTS
 from fuxi_torchrec.data.dataset import SequenceDataset, ranges
 from fuxi_torchrec.data.loader import evaluation_batches
 from fuxi_torchrec.data.splits import windows
+from fuxi_torchrec.distributed.world import World
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.evaluation.metrics import metric_sums
 from fuxi_torchrec.evaluation.popularity import popularity
@@ -41,7 +42,7 @@ def baselines(dataset: SequenceDataset, config: Config, split: str) -> Dict[str,
     """{baseline: metrics of `split` by name, "users" among them}. Raises UserError for a split without users."""
     follows_VV, bought_UV = _counts(dataset, config.data)
     scores: Dict[str, Scores] = {"markov": _markov(follows_VV, bought_UV), "item-knn": _item_knn(bought_UV)}
-    found = {"popularity": popularity(dataset, config, split)}
+    found = {"popularity": popularity(dataset, config, split, World(0, 1, torch.device("cpu")))}
     return {**found, **{name: _evaluate(function, dataset, config, split) for name, function in scores.items()}}
 
 

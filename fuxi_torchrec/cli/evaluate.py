@@ -26,11 +26,11 @@ def _evaluate(arguments: List[str]) -> int:
         if options.split not in splits:
             raise UserError(f"--split {options.split}: this run's data.split has {' and '.join(splits)}")
         metrics = evaluate(saved.model, saved.dataset, saved.config, options.split, saved.world)
+        popular = popularity(saved.dataset, saved.config, options.split, saved.world)
         if not saved.world.is_main:
             return 0
         line = {"split": options.split, "step": saved.step, "epoch": saved.epoch, "checkpoint": options.checkpoint}
-        results = {options.split: metrics}
-        results[f"popularity {options.split}"] = popularity(saved.dataset, saved.config, options.split)
+        results = {options.split: metrics, f"popularity {options.split}": popular}
         _print_splits(results, saved.dataset, saved.config, options.run)
         try:
             saved.run.append({**line, **metrics, "command": "evaluate"})

@@ -8,7 +8,7 @@ Shape suffix: U users.
 """
 
 from dataclasses import asdict, dataclass, replace
-from typing import Dict, List, Optional, Sequence, Tuple, TypeVar
+from typing import Dict, Iterable, List, Optional, Sequence, Tuple, TypeVar
 
 import numpy as np
 
@@ -43,6 +43,11 @@ class Rows:
 
     def cut(self, low: int, high: int) -> "Rows":
         return replace(self, begin=self.begin + low, end=self.begin + high)
+
+
+def whole_groups(groups: Iterable[RowGroup]) -> List[Rows]:
+    """All rows of some row groups, in their order."""
+    return [Rows(group, 0, group.num_rows) for group in groups]
 
 
 @dataclass(frozen=True)

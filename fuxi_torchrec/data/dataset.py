@@ -5,7 +5,7 @@ Shape suffixes: U users of a row group, E their events laid end to end.
 
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import BinaryIO, Dict, Iterator, List, Optional, Sequence
+from typing import BinaryIO, Dict, Hashable, Iterator, List, Optional, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -55,6 +55,7 @@ class SequenceDataset:
     def __init__(self, folder: str):
         self.folder = folder
         self.identity = read_identity(folder)
+        self.item_counts: Dict[Hashable, np.ndarray] = {}  # what item_counts.py has counted, by its CountKey
         self.row_groups = _row_groups(folder)
         users = sum(group.num_rows for group in self.row_groups)
         if users != self.identity.num_users:
@@ -98,6 +99,17 @@ class SequenceDataset:
         if where is None:
             self._check_items(path, table.num_rows)
         return table
+
+    def frequencies(self) -> np.ndarray:
+        """Reads items.parquet's frequency, int64 [V]."""
+        path = join(self.folder, ITEMS_FILE)
+        frequency_V = np.zeros(self.identity.num_items, dtype=np.int64)
+        with _readable(path) as file:
+            parquet = pq.ParquetFile(file)
+            self._check_items(path, parquet.metadata.num_rows)
+            for batch in parquet.iter_batches(columns=["item_id", "frequency"]):
+                frequency_V[batch["item_id"].to_numpy()] = batch["frequency"].to_numpy()
+        return frequency_V
 
     def _check_items(self, path: str, found: int) -> None:
         if found != self.identity.num_items:

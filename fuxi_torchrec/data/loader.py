@@ -6,14 +6,22 @@ of an epoch can be dealt again to another number of ranks: no user is seen twice
 """
 
 from dataclasses import replace
-from typing import Any, Dict, Iterable, Iterator, List, Tuple
+from typing import Any, Dict, Iterator, List, Tuple
 
 import numpy as np
 
 from fuxi_torchrec.config import DataConfig
 from fuxi_torchrec.data.batch import SequenceBatch, collate
-from fuxi_torchrec.data.batch_sampler import Buffer, Position, Rows, cut_evenly, deal_epoch, even_order, next_batch
-from fuxi_torchrec.data.dataset import RowGroup, SequenceDataset, UserRows, concatenate
+from fuxi_torchrec.data.batch_sampler import (
+    Buffer,
+    Position,
+    cut_evenly,
+    deal_epoch,
+    even_order,
+    next_batch,
+    whole_groups,
+)
+from fuxi_torchrec.data.dataset import SequenceDataset, UserRows, concatenate
 from fuxi_torchrec.data.negative_sampler import NegativeSampler
 from fuxi_torchrec.data.splits import Windows, windows
 
@@ -85,7 +93,7 @@ class TrainingStream:
     def _buffers(self, epoch: int) -> List[Buffer]:
         """This rank's buffers of an epoch, each of about shuffle_buffer users."""
         order = self._random(epoch).permutation(len(self.dataset.row_groups))
-        rows = _rows([self.dataset.row_groups[index] for index in order])
+        rows = whole_groups([self.dataset.row_groups[index] for index in order])
         deals = self.deals if self.deals and self.deals[0][0].epoch == epoch else []
         return deal_epoch(rows, epoch, deals, self.world_size, self.config.shuffle_buffer)[self.rank]
 
@@ -121,12 +129,8 @@ def evaluation_batches(
     A batch has no negatives; the target of user b is the last of its events. With world_size > 1 the ranks may have
     different numbers of batches.
     """
-    for part in cut_evenly(_rows(dataset.row_groups), world_size)[rank]:
+    for part in cut_evenly(whole_groups(dataset.row_groups), world_size)[rank]:
         rows = dataset.read(part.group, log_probs=dataset.has_log_probs).cut(part.begin, part.end)
         users = windows(rows, config, split)
         for begin in range(0, len(users.user_ids_U), batch_size):
             yield collate(rows, users.take(slice(begin, begin + batch_size)))
-
-
-def _rows(groups: Iterable[RowGroup]) -> List[Rows]:
-    return [Rows(group, 0, group.num_rows) for group in groups]

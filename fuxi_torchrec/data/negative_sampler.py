@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fuxi_torchrec.config import LossConfig
+from fuxi_torchrec.config import DataConfig, LossConfig
 from fuxi_torchrec.data.dataset import SequenceDataset
+from fuxi_torchrec.data.item_counts import Ranks, count_training_events, narrowed
 from fuxi_torchrec.data.item_distribution import ItemDistribution
 
 # Up to this many items a draw, unique ids are found by marking them in a table of the catalogue's size, beyond by sorting:
@@ -58,7 +59,7 @@ class NegativeSampler:
         config: kinds and numbers.
         num_items: V.
         seed, rank: with the step they decide the draws.
-        frequency_V: int64, items' training frequency, where `training_frequency` says that the config needs it.
+        frequency_V: items' training frequency, where `training_frequency` says that the config needs it.
     """
 
     def __init__(
@@ -124,11 +125,19 @@ class NegativeSampler:
             negatives.item_share_P = torch.from_numpy(self.positives.probability(ids_P)).float()
 
 
-def training_frequency(config: LossConfig, dataset: SequenceDataset) -> Optional[np.ndarray]:
-    """items.parquet's frequency [V], int64, where the config's sampler needs it; else None, and nothing is read."""
-    if config.sampling_alpha > 0 or _weighs_in_batch(config):
-        return dataset.items(["frequency"])["frequency"].to_numpy()
-    return None
+def training_frequency(
+    loss: LossConfig, data: DataConfig, dataset: SequenceDataset, ranks: Ranks
+) -> Optional[np.ndarray]:
+    """Training events of each item [V], where the config's sampler needs them; else None, and nothing is read.
+
+    items.parquet's frequency leaves out what leave_one_out tests on; the events of another split are counted, by all ranks
+    together.
+    """
+    if loss.sampling_alpha == 0 and not _weighs_in_batch(loss):
+        return None
+    if data.split == "leave_one_out":
+        return narrowed(dataset.frequencies())
+    return count_training_events(dataset, data, ranks, whole_histories=True)
 
 
 def _weighs_in_batch(config: LossConfig) -> bool:

@@ -35,6 +35,12 @@ def windows(rows: UserRows, config: DataConfig, split: str) -> Windows:
     return Windows(rows.user_ids_U[kept], start_U[kept], stop_U[kept])
 
 
+def histories(rows: UserRows, config: DataConfig) -> Windows:
+    """All training events of every user, however many or few: what there is to count, where `windows` says what is seen."""
+    first_U, end_U = rows.offsets_U1[:-1], rows.offsets_U1[1:]
+    return Windows(rows.user_ids_U, first_U, np.maximum(first_U, _stops(rows, config, "train", first_U, end_U)))
+
+
 def _stops(rows: UserRows, config: DataConfig, split: str, first_U: np.ndarray, end_U: np.ndarray) -> np.ndarray:
     if config.split == "leave_one_out":
         return {"train": end_U - 1, "test": end_U}[split]

@@ -4,7 +4,7 @@ Shape suffixes: B users of a batch, D embedding, S seen pairs, V catalogue.
 """
 
 from itertools import takewhile
-from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Callable, Dict, Iterator, List, NamedTuple, Optional
 
 import numpy as np
 import torch
@@ -65,7 +65,7 @@ def evaluate(
         sums = {name: sums.get(name, 0) + value for name, value in here.items()}
     if world.sum(torch.tensor([float(stop())], device=world.device)) > 0:
         raise Stopped
-    return _means(sums, world, split)
+    return mean_metrics(sums, world, split)
 
 
 def _ranking(model: nn.Module, config: Config, queries: Queries, world: World) -> Ranking:
@@ -95,13 +95,13 @@ def encoded_queries(
     model.eval()
     try:
         depth = prefetch_depth(config.data, world.device.type)
-        batches = prefetch(takewhile(lambda batch: not stop(), _batches(dataset, config, split, world)), depth)
+        batches = prefetch(takewhile(lambda batch: not stop(), split_batches(dataset, config, split, world)), depth)
         for number, batch in enumerate(_in_step(batches, model, world), 1):
             if batch is not None:
                 batch = batch.to(world.device)
                 with torch.no_grad():  # fbgemm's fused tables know no inference mode
                     query_BD = model(batch)
-                parts.append(_queries(batch, query_BD, users))
+                parts.append(queries_of(batch, query_BD, users))
                 users += len(query_BD)
             if number % BATCHES_A_RANKING == 0:
                 yield _joined(parts, config.model.embedding_dim, world.device)
@@ -140,16 +140,14 @@ def _user_of(error: NonFiniteScore, queries: Queries, model: nn.Module, world: W
     return int(world.max(torch.tensor([user], device=world.device))) if is_sharded(model) else user
 
 
-
-
-
-
-def _batches(dataset: SequenceDataset, config: Config, split: str, world: World) -> Iterator[SequenceBatch]:
+def split_batches(dataset: SequenceDataset, config: Config, split: str, world: World) -> Iterator[SequenceBatch]:
+    """Batches this rank's users of a split, in the data set's order."""
     size = config.evaluation.batch_size
     return evaluation_batches(dataset, config.data, split, size, world.rank, world.size)
 
 
-def _queries(batch: SequenceBatch, query_BD: Tensor, first_user: int) -> Queries:
+def queries_of(batch: SequenceBatch, query_BD: Tensor, first_user: int) -> Queries:
+    """Joins a batch's queries (float32 [B, D]) to their targets and what they have seen; `first_user` numbers the first."""
     events = batch.ids[EVENTS]
     item_ids_E, ends_B = events.values(), events.lengths().cumsum(0)
     user_T = torch.repeat_interleave(torch.as_tensor(batch.host_lengths)).to(item_ids_E.device) + first_user
@@ -180,22 +178,19 @@ def _floor_sums(ranking: Ranking, true_log_prob_B: Tensor) -> Dict[str, Tensor]:
     }
 
 
-def _means(sums: Dict[str, Tensor], world: World, split: str) -> Dict[str, float]:
-    names, total = _reduced(sums, world)
+def mean_metrics(sums: Dict[str, Tensor], world: World, split: str) -> Dict[str, float]:
+    """Divides all ranks' `metric_sums` by the number of users. A collective; every rank has the same names.
+
+    Raises UserError for a split without users.
+    """
+    values = world.sum(torch.stack([value.to(world.device) for value in sums.values()]))
+    total = dict(zip(sums, values.tolist()))
     users = total.pop("users")
     if users == 0:
         raise UserError(f"split {split}: no user has a history and a target; is the data set or the cut-off right?")
-    means = {name: total[name] / users for name in names if name in total}
+    means = {name: value / users for name, value in total.items()}
     squared = means.pop("squared_gap", None)
     if squared is not None:
         variance = max(squared - means["cross_entropy_minus_floor"] ** 2, 0.0)
         means["cross_entropy_minus_floor_stderr"] = (variance / users) ** 0.5
     return {"users": int(users), **means}
-
-
-def _reduced(sums: Dict[str, Tensor], world: World) -> Tuple[List[str], Dict[str, float]]:
-    if not sums:
-        return [], {"users": 0.0}
-    names = list(sums)
-    values = world.sum(torch.stack([sums[name].to(world.device) for name in names]))
-    return names, dict(zip(names, values.tolist()))

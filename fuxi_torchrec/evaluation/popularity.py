@@ -1,4 +1,7 @@
-"""The popularity baseline: every user is recommended what most people had."""
+"""The popularity baseline: every user is recommended what most people had.
+
+Shape suffixes: B users of a batch, S seen pairs, V catalogue.
+"""
 
 from typing import Dict
 
@@ -7,34 +10,54 @@ import torch
 from torch import Tensor
 
 from fuxi_torchrec.config import Config
-from fuxi_torchrec.data.dataset import SequenceDataset, ranges
-from fuxi_torchrec.data.splits import windows
+from fuxi_torchrec.data.dataset import SequenceDataset
+from fuxi_torchrec.data.item_counts import count_training_events
 from fuxi_torchrec.distributed.world import World
-from fuxi_torchrec.evaluation.evaluate import _batches, _means, _queries
+from fuxi_torchrec.evaluation.evaluate import mean_metrics, queries_of, split_batches
 from fuxi_torchrec.evaluation.metrics import metric_sums
-from fuxi_torchrec.ops.ranking import rank_targets
+from fuxi_torchrec.ops.ranking import Ranking, Seen
 
 
-def popularity(dataset: SequenceDataset, config: Config, split: str) -> Dict[str, float]:
-    """The same metrics for ranking by training frequency; its cross_entropy uses add-one smoothed frequencies."""
-    counts_V = training_counts(dataset, config)
-    alone = World(0, 1, torch.device("cpu"))
-    sums: Dict[str, Tensor] = {}
-    log_prob_V = torch.log((counts_V + 1) / (counts_V + 1).sum())
-    for batch in _batches(dataset, config, split, alone):
-        asked = _queries(batch, torch.ones(len(batch.user_ids_B), 1), 0)
-        ranking = rank_targets(asked.query_BD, [(0, counts_V[:, None].float())], asked.target_B, asked.seen, 1.0)
-        for name, value in metric_sums(ranking.rank_Q, log_prob_V[asked.target_B]).items():
-            sums[name] = sums.get(name, 0) + value
-    return _means(sums, alone, split)
+def popularity(dataset: SequenceDataset, config: Config, split: str, world: World) -> Dict[str, float]:
+    """Ranks a split's targets by training frequency, among the events that the model sees. A collective: each rank ranks
+    its users.
+
+    Returns the metrics that `evaluate` does; cross_entropy uses add-one smoothed frequencies.
+    """
+    ranks = CountRanks(count_training_events(dataset, config.data, world, whole_histories=False))
+    nothing = torch.empty(0, dtype=torch.float64)
+    sums = metric_sums(nothing, nothing)
+    for batch in split_batches(dataset, config, split, world):
+        asked = queries_of(batch, torch.empty(len(batch.user_ids_B), 0), 0)
+        for name, value in metric_sums(*ranks.of(asked.target_B, asked.seen)).items():
+            sums[name] += value
+    return mean_metrics(sums, world, split)
 
 
-def training_counts(dataset: SequenceDataset, config: Config) -> Tensor:
-    """Events of each item in the training split, float64 [V]; one pass over the data."""
-    counts_V = np.zeros(dataset.identity.num_items, dtype=np.int64)
-    for group in dataset.row_groups:
-        rows = dataset.read(group)
-        users = windows(rows, config.data, "train")
-        events = ranges(users.start_U, users.stop_U)
-        counts_V += np.bincount(rows.item_ids_E[events], minlength=len(counts_V))
-    return torch.from_numpy(counts_V).double()
+class CountRanks:
+    """Ranks targets by the items' counts [V], as `rank_targets` would by scores: from how often each count occurs, so that a
+    query costs its history, not the catalogue.
+
+    Shape suffixes: C distinct counts.
+    """
+
+    def __init__(self, counts_V: np.ndarray):
+        self.counts_V = counts_V
+        self.count_C, self.items_C = np.unique(counts_V, return_counts=True)
+        self.higher_C = len(counts_V) - np.cumsum(self.items_C)  # items with a higher count
+        smoothed_C = torch.from_numpy(self.count_C).double() + 1
+        self.log_prob_C = torch.log(smoothed_C / (smoothed_C * torch.from_numpy(self.items_C)).sum())
+
+    def of(self, target_B: Tensor, seen: Seen) -> Ranking:
+        """Ranks among all items but the seen ones; log_prob_Q is of the add-one smoothed counts."""
+        target_B, V = target_B.numpy(), len(self.counts_V)
+        query_S, item_S = np.divmod(np.unique(seen.query_S.numpy() * V + seen.item_S.numpy()), V)
+        other = item_S != target_B[query_S]
+        query_S, count_S = query_S[other], self.counts_V[item_S[other]]
+        count_B = self.counts_V[target_B]
+        of_count_B = np.searchsorted(self.count_C, count_B)
+        higher_S, equal_S = count_S > count_B[query_S], count_S == count_B[query_S]
+        higher_B = self.higher_C[of_count_B] - np.bincount(query_S[higher_S], minlength=len(target_B))
+        equal_B = self.items_C[of_count_B] - np.bincount(query_S[equal_S], minlength=len(target_B))
+        rank_B = 1 + higher_B + (equal_B - 1) / 2  # the target equals itself
+        return Ranking(torch.from_numpy(rank_B), self.log_prob_C[of_count_B])

@@ -79,7 +79,7 @@ class Trainer:
             compile_blocks(self.model.module.tower.encoder)
         self.optimizer = build_optimizer(self.model, config.optimizer, self.table.rate_ratio)
         self.pipeline = build_pipeline(config, self.model, world.device)
-        frequency_V = training_frequency(config.loss, dataset)
+        frequency_V = training_frequency(config.loss, config.data, dataset, world)
         sampler = NegativeSampler(config.loss, num_items, seed, world.rank, frequency_V)
         self.stream = TrainingStream(dataset, config.data, sampler, seed, world.rank, world.size)
         plan, table = self.model.plan, self.table
@@ -265,8 +265,7 @@ class Trainer:
                 results[split] = self._evaluate(split, checkpoint="best")
             except Stopped:  # the end of training is saved
                 raise Interrupted(self._signal()) from None
-            if self.world.is_main:
-                results[f"popularity {split}"] = popularity(self.dataset, self.config, split)
+            results[f"popularity {split}"] = popularity(self.dataset, self.config, split, self.world)
         return results
 
     def _stop(self, evaluation_due: bool) -> NoReturn:

@@ -10,9 +10,9 @@ import torch
 from fuxi_torchrec.config import Config, LossConfig
 from fuxi_torchrec.config.rules import check
 from fuxi_torchrec.data.batch import EVENTS, NEGATIVES, collate
-from fuxi_torchrec.data.dataset import SequenceDataset, UserRows
+from fuxi_torchrec.data.dataset import UserRows
 from fuxi_torchrec.data.item_distribution import AliasTable, ItemDistribution
-from fuxi_torchrec.data.negative_sampler import NegativeSampler, training_frequency
+from fuxi_torchrec.data.negative_sampler import NegativeSampler
 from fuxi_torchrec.data.splits import Windows
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.model.candidates import (
@@ -102,15 +102,6 @@ def test_in_batch_items_are_the_distinct_positives_and_are_not_looked_up_twice()
     assert batch.ids[NEGATIVES].values().numel() == 0 and batch.has_negatives
     few = users_batch([4, 9, 2], LossConfig(negatives="in_batch", max_in_batch=3))
     assert few.in_batch_index_N.numel() == 3 and few.in_batch_kept == 3 / positives.unique().numel()
-
-
-def test_frequencies_are_read_only_where_they_are_used(small_dataset):
-    dataset = SequenceDataset(small_dataset)
-    assert training_frequency(LossConfig(negatives="mixed", cross_rank=True), dataset) is None
-    assert training_frequency(LossConfig(negatives="shared", log_q=True), dataset) is None
-    expected = dataset.items()["frequency"].to_pylist()
-    for config in (LossConfig(sampling_alpha=0.5), LossConfig(negatives="in_batch", log_q=True)):
-        assert training_frequency(config, dataset).tolist() == expected
 
 
 @pytest.mark.parametrize(

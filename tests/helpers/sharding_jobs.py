@@ -12,11 +12,13 @@ from fuxi_torchrec.config import Config
 from fuxi_torchrec.config.rules import check
 from fuxi_torchrec.data.batch import collate
 from fuxi_torchrec.data.dataset import SequenceDataset, concatenate
+from fuxi_torchrec.data.item_counts import count_training_events
 from fuxi_torchrec.data.negative_sampler import Negatives, NegativeSampler, training_frequency
 from fuxi_torchrec.data.splits import windows
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.evaluation import full_ranking
 from fuxi_torchrec.evaluation.evaluate import encoded_queries, evaluate
+from fuxi_torchrec.evaluation.popularity import popularity
 from fuxi_torchrec.ops.ranking import Seen
 from fuxi_torchrec.ops.row_wise.dispatch import l2_normalize
 from fuxi_torchrec.run.folder import RunFolder
@@ -63,7 +65,8 @@ class CutPool(NegativeSampler):
     PIECES = 12
 
     def __init__(self, config, dataset, world):
-        super().__init__(config.loss, dataset.identity.num_items, 3, 0, training_frequency(config.loss, dataset))
+        frequency_V = training_frequency(config.loss, config.data, dataset, world)
+        super().__init__(config.loss, dataset.identity.num_items, 3, 0, frequency_V)
         assert config.loss.num_negatives == self.PIECES // world.size
         self.pieces = range(world.rank, self.PIECES, world.size)
 
@@ -178,6 +181,13 @@ def trained(world, config, output, resume=False):
     dist.barrier()
     results = Trainer(config, dataset, run, world, resume).fit()
     return [line["loss"] for line in run.metrics() if "loss" in line], results
+
+
+def counted(world, config, split):
+    """The training events of each item, and the popularity row."""
+    dataset = SequenceDataset(config.data.path)
+    counts_V = count_training_events(dataset, config.data, world, whole_histories=True)
+    return counts_V.tolist(), popularity(dataset, config, split, world)
 
 
 def first_move(world, config, output):

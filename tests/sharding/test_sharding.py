@@ -65,6 +65,17 @@ def test_negatives_across_ranks_and_a_table_cut_by_rows_change_no_loss(run, smal
         assert curve(world_size) == pytest.approx(base, rel=1e-5)  # float32 noise, a little larger at each step
 
 
+def test_ranks_share_the_counting_and_the_popularity_row(run, small_dataset):
+    """Ranks and counts are the same at any world size; means of them up to the order in which float64s are added."""
+    config = tiny(small_dataset, "replicated")
+    config.data.split = "leave_two_out"
+    counts_V, row = run(jobs.counted, 1, config, "validation")[0]
+    for world_size in (2, 4):
+        for again_V, again in run(jobs.counted, world_size, config, "validation"):
+            assert again_V == counts_V and again == pytest.approx(row, rel=1e-14)
+            assert all(again[name] == row[name] for name in row if name.startswith("hr@") or name == "users")
+
+
 @pytest.mark.parametrize("sharding", ["row_wise", "replicated"])
 def test_exchanging_ids_ahead_changes_no_loss_and_resumes_exactly(run, small_dataset, tmp_path, sharding):
     """Uneven ranks, evaluations in the middle of an epoch, and a run cut off at step 7."""
