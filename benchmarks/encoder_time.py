@@ -29,7 +29,7 @@ from fuxi_torchrec.config import ModelConfig
 from fuxi_torchrec.encoders import build_encoder, fuxi_beta, hstu
 from fuxi_torchrec.ops.jagged import JaggedLayout
 from fuxi_torchrec.ops.pointwise_attention import silu_attention_reference
-from fuxi_torchrec.ops.token_mixing.dispatch import mix_tokens, prepare
+from fuxi_torchrec.ops.token_mixing.dispatch import mix_by_plan, plan_mixing
 from fuxi_torchrec.ops.token_mixing.time_gaps import TimeGaps
 from fuxi_torchrec.profiling.memory import PeakMemory
 
@@ -53,9 +53,7 @@ def mixer_step(implementation: str, length: int, width: int, heads: int) -> Step
     def step() -> None:
         layout = JaggedLayout.from_lengths([length])
         gaps = TimeGaps(times_T1[:-1], times_T1[1:], layout)
-        if implementation != "reference":
-            prepare(layout, channels, gaps, implementation)
-        mixed_THCd = mix_tokens(v_THd, layout, channels, gaps, implementation)
+        mixed_THCd = mix_by_plan(v_THd, channels, plan_mixing(v_THd, layout, channels, gaps, implementation))
         torch.autograd.grad(mixed_THCd, [v_THd, weight_N, a, b], grad_THCd)
 
     return step

@@ -13,7 +13,7 @@ import time
 import torch
 
 from fuxi_torchrec.ops.jagged import JaggedLayout
-from fuxi_torchrec.ops.token_mixing.dispatch import mix_tokens, prepare
+from fuxi_torchrec.ops.token_mixing.dispatch import mix_by_plan, plan_mixing
 from fuxi_torchrec.ops.token_mixing.time_gaps import TimeGaps
 
 IMPLEMENTATIONS = ("native", "linear", "blocked")
@@ -30,9 +30,9 @@ def compare(tokens: int, width: int, length: int, rounds: int) -> dict:
     milliseconds = {name: [] for name in IMPLEMENTATIONS}
     for turn in range(rounds + 1):
         for name, taken in milliseconds.items():
-            prepare(layout, channels, gaps, name)
+            plan = plan_mixing(values, layout, channels, gaps, name)
             start = time.perf_counter()
-            mixed = mix_tokens(values, layout, channels, gaps, name)
+            mixed = mix_by_plan(values, channels, plan)
             torch.autograd.grad(mixed, [values, *parameters], slope)
             if turn:  # the first one warms up
                 taken.append(1e3 * (time.perf_counter() - start))

@@ -16,13 +16,12 @@ import torch
 from fuxi_torchrec.config import Config
 from fuxi_torchrec.data.format import DatasetIdentity
 from fuxi_torchrec.encoders import build_encoder
-from fuxi_torchrec.encoders.channels import BucketedTemporalChannel, FunctionalTemporalChannel, PositionalChannel
+from fuxi_torchrec.encoders.channels import ChannelParameters
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.files import write_aside
 from fuxi_torchrec.run.folder import RunFolder
 from fuxi_torchrec.run.outcome import read_outcome
 
-CHANNELS = (PositionalChannel, BucketedTemporalChannel, FunctionalTemporalChannel)
 DIGITS = 9  # what float32 has
 
 Blocks = List[Dict[str, Dict[str, Any]]]
@@ -145,7 +144,7 @@ def channel_weights(encoder: torch.nn.Module) -> Blocks:
     """What the channels of each block have learned."""
     blocks = []
     for block in encoder.blocks:
-        channels = {name.split(".")[-1]: part for name, part in block.named_modules() if isinstance(part, CHANNELS)}
+        channels = {name.split(".")[-1]: part for name, part in block.named_modules() if isinstance(part, ChannelParameters)}
         blocks.append(
             {
                 name: {"kind": part.kind, **{key: _rounded(value.tolist()) for key, value in part.named_parameters()}}

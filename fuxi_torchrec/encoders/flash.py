@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fuxi_torchrec.config import ModelConfig
 from fuxi_torchrec.encoders.base import SequenceEncoder, reset_linear_bias
-from fuxi_torchrec.encoders.channels import PositionalChannel
+from fuxi_torchrec.encoders.channels import ChannelParameters
 from fuxi_torchrec.ops.jagged import JaggedLayout
 from fuxi_torchrec.ops.pointwise_attention import squared_relu_attention
 from fuxi_torchrec.ops.row_wise.dispatch import dropout, layer_norm, silu_split
@@ -30,7 +30,7 @@ class FLASHBlock(nn.Module):
         D, E, q = config.embedding_dim, config.num_heads * config.value_dim, config.qk_dim
         self.value_width, self.qk_dim, self.dropout = E, q, config.dropout
         self.padded_length = padded_length
-        self.positional = PositionalChannel(padded_length)
+        self.positional = ChannelParameters("positional", padded_length)
         self.norm_weight = nn.Parameter(torch.empty(D))
         self.norm_bias = nn.Parameter(torch.empty(D))
         self.input_weight = nn.Parameter(torch.empty(2 * E + q, D))

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from fuxi_torchrec.config import ModelConfig
 from fuxi_torchrec.encoders.base import SequenceEncoder, reset_linear_bias
-from fuxi_torchrec.encoders.channels import BucketedTemporalChannel, PositionalChannel
+from fuxi_torchrec.encoders.channels import ChannelParameters
 from fuxi_torchrec.ops.jagged import JaggedLayout
 from fuxi_torchrec.ops.pointwise_attention import silu_attention
 from fuxi_torchrec.ops.row_wise.dispatch import dropout, layer_norm, silu_split
-from fuxi_torchrec.ops.token_mixing.dispatch import prepare
+from fuxi_torchrec.ops.token_mixing.dispatch import plan_mixing
 from fuxi_torchrec.ops.token_mixing.time_gaps import TimeGaps
 
 EPS = 1e-6
@@ -38,8 +38,8 @@ class HSTUBlock(nn.Module):
         self.num_heads, self.value_dim, self.qk_dim = H, d, q
         self.dropout = config.dropout
         self.padded_length = padded_length
-        self.positional = PositionalChannel(padded_length)
-        self.bucketed_temporal = BucketedTemporalChannel()
+        self.positional = ChannelParameters("positional", padded_length)
+        self.bucketed_temporal = ChannelParameters("bucketed", padded_length)
         self.input_weight = nn.Parameter(torch.empty(D, 2 * H * (d + q)))
         self.output_weight = nn.Parameter(torch.empty(D, H * d))
         self.output_bias = nn.Parameter(torch.empty(D))
@@ -75,6 +75,7 @@ class HSTUEncoder(SequenceEncoder):
 
     def batch_context(self, timestamps_T: Tensor, next_timestamps_T: Tensor, layout: JaggedLayout) -> HSTUContext:
         gaps = TimeGaps(timestamps_T, next_timestamps_T, layout, self.time_unit)
-        # Attention reads its buckets strip by strip, as blocked token mixing does.
-        prepare(layout, [block.bucketed_temporal.channel() for block in self.blocks], gaps, "blocked")
+        # Attention reads its buckets strip by strip, as blocked token mixing does: made here, they are kept in gaps.
+        channels = [block.bucketed_temporal.channel() for block in self.blocks]
+        plan_mixing(channels[0][1][0], layout, channels, gaps, "blocked")
         return HSTUContext(layout, gaps)

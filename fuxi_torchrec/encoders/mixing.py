@@ -1,27 +1,33 @@
 """What towers with query-free token mixing share (FuXi, and FuXi-β's framework on HSTU and SASRec): channels per block,
-and the batch's time gaps, made once for all blocks.
+and the batch's mixing plan, made once for all blocks.
 
 Shapes: T tokens, H heads, d value size per head, C channels.
 """
 
 from dataclasses import dataclass
-from typing import Any, List, Sequence
+from typing import Dict, List, Sequence, Tuple
 
+import torch
 from torch import Tensor, nn
 
 from fuxi_torchrec.config import ModelConfig
 from fuxi_torchrec.encoders.base import SequenceEncoder
-from fuxi_torchrec.encoders.channels import BucketedTemporalChannel, FunctionalTemporalChannel, PositionalChannel
+from fuxi_torchrec.encoders.channels import ChannelParameters
 from fuxi_torchrec.ops.jagged import JaggedLayout
-from fuxi_torchrec.ops.token_mixing.dispatch import mix_tokens, prepare
+from fuxi_torchrec.ops.token_mixing.dispatch import MixingPlan, mix_by_plan, plan_mixing
 from fuxi_torchrec.ops.token_mixing.time_gaps import TimeGaps
 from fuxi_torchrec.ops.token_mixing.time_maps import Channel
+
+PlanKey = Tuple[str, ...]
 
 
 @dataclass
 class MixingContext:
+    """What the blocks of one forward share. plans: by `MixingBlock.plan_key`, one where all blocks are alike."""
+
     layout: JaggedLayout
     gaps: TimeGaps
+    plans: Dict[PlanKey, MixingPlan]
 
 
 class MixingBlock(nn.Module):
@@ -30,17 +36,24 @@ class MixingBlock(nn.Module):
     def __init__(self, config: ModelConfig, channels: Sequence[str], padded_length: int) -> None:
         super().__init__()
         self.asked_mixing = self.token_mixing = config.token_mixing
+        kinds = {"bucketed_temporal": "bucketed", "temporal": config.bias_function}
         self.mixers = nn.ModuleDict(
-            {name: _make_mixer(name, config.bias_function, padded_length) for name in channels}
+            {name: ChannelParameters(kinds.get(name, name), padded_length) for name in channels}
         )
 
     def reset_mixers(self) -> None:
+        """Draws the channels' parameters anew."""
         for mixer in self.mixers.values():
             mixer.reset_parameters()
 
     def mixing_channels(self) -> List[Channel]:
-        """For `mix_tokens`."""
+        """Returns what `mix_by_plan` takes."""
         return [mixer.channel() for mixer in self.mixers.values()]
+
+    @property
+    def plan_key(self) -> PlanKey:
+        """What tells this block's mixing plan from another block's."""
+        return (self.token_mixing, *(mixer.kind for mixer in self.mixers.values()))
 
     def check_mixing(self) -> None:
         """Looks whether `linear` token mixing is good for the temporal channel's parameters as they are."""
@@ -49,16 +62,8 @@ class MixingBlock(nn.Module):
             self.token_mixing = self.asked_mixing if within else "exact"
 
     def mix_channels(self, v_THd: Tensor, context: MixingContext) -> Tensor:
-        """[T, H, C, d], the channels side by side."""
-        return mix_tokens(v_THd, context.layout, self.mixing_channels(), context.gaps, self.token_mixing)
-
-
-def _make_mixer(name: str, bias_function: str, padded_length: int) -> nn.Module:
-    if name == "positional":
-        return PositionalChannel(padded_length)
-    if name == "bucketed_temporal":
-        return BucketedTemporalChannel()
-    return FunctionalTemporalChannel(bias_function)
+        """Mixes the values by every channel: [T, H, C, d], the channels side by side."""
+        return mix_by_plan(v_THd, self.mixing_channels(), context.plans[self.plan_key])
 
 
 class MixingEncoder(SequenceEncoder):
@@ -85,8 +90,19 @@ class MixingEncoder(SequenceEncoder):
         for block in self.blocks:
             block.check_mixing()
 
-    def batch_context(self, timestamps_T: Tensor, next_timestamps_T: Tensor, layout: JaggedLayout) -> Any:
+    def batch_context(self, timestamps_T: Tensor, next_timestamps_T: Tensor, layout: JaggedLayout) -> MixingContext:
+        """Plans the batch's mixing, once for all blocks that mix alike."""
         gaps = TimeGaps(timestamps_T, next_timestamps_T, layout, self.time_unit, self.mixing_tolerance)
+        like, plans = self._values_like(), {}
         for block in self.blocks:
-            prepare(layout, block.mixing_channels(), gaps, block.token_mixing)
-        return MixingContext(layout, gaps)
+            if block.mixers and block.plan_key not in plans:
+                channels = block.mixing_channels()
+                plans[block.plan_key] = plan_mixing(like, layout, channels, gaps, block.token_mixing)
+        return MixingContext(layout, gaps, plans)
+
+    def _values_like(self) -> Tensor:
+        """An empty tensor of the type that the blocks' values will have: products are in autocast's type."""
+        parameter = self.position_embedding_ND
+        kind = parameter.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else parameter.dtype
+        return torch.empty(0, dtype=dtype, device=parameter.device)

@@ -22,9 +22,7 @@ from torch import Tensor
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.ops.jagged import JaggedLayout
 from fuxi_torchrec.ops.token_mixing.exponential_sums import B_RANGE, power_law_sum
-
-STREAMED_FORMS = ("pow", "exp", "zero")
-"""Functions of time whose past is a fixed number of sums."""
+from fuxi_torchrec.ops.token_mixing.registry import CHANNELS, STREAMING
 
 
 class StateFull(ValueError):
@@ -124,20 +122,19 @@ def check_streamable(encoder) -> None:
     """UserError where a state of fixed size cannot stand for the past, or while dropout is on."""
     if encoder.training:
         raise UserError("streaming needs the encoder in eval mode: dropout would make every answer another one")
-    unknown = [name for name in encoder.channels if name not in ("positional", "temporal")]
-    if unknown:
-        raise UserError(f"model.channels: {unknown[0]} has no state of fixed size; only positional and temporal have")
+    known = ", ".join(name for name, record in CHANNELS.items() if STREAMING in record.versions)
+    if "semantic" in encoder.channels:
+        raise UserError(f"model.channels: semantic has no state of fixed size; streaming knows {known}")
     for number, block in enumerate(encoder.blocks):
-        mixer = block.mixers["temporal"] if "temporal" in block.mixers else None
-        if mixer is not None and mixer.kind not in STREAMED_FORMS:
-            raise UserError(
-                f"model.bias_function: {mixer.kind} has no state of fixed size; streaming knows {', '.join(STREAMED_FORMS)}"
-            )
-        if mixer is not None and mixer.kind == "pow" and not B_RANGE[0] <= mixer.b.item() <= B_RANGE[1]:
-            raise UserError(
-                f"blocks.{number}.mixers.temporal.b: {mixer.b.item():.4g} is outside {B_RANGE}, where the power law "
-                "is a sum of exponentials"
-            )
+        for name, mixer in block.mixers.items():
+            if STREAMING not in mixer.record.versions:
+                key = "model.bias_function" if name == "temporal" else "model.channels"
+                raise UserError(f"{key}: {mixer.kind} has no state of fixed size; streaming knows {known}")
+            if not mixer.suits_linear():
+                raise UserError(
+                    f"blocks.{number}.mixers.{name}.b: {mixer.b.item():.4g} is outside {B_RANGE}, where the power law "
+                    "is a sum of exponentials"
+                )
 
 
 def empty_state(encoder, batch: int) -> StreamingState:

@@ -5,9 +5,9 @@ import torch
 from fuxi_torchrec.ops.jagged import JaggedLayout
 from fuxi_torchrec.ops.token_mixing import time_maps
 from fuxi_torchrec.ops.token_mixing.dispatch import mix_tokens
+from fuxi_torchrec.ops.token_mixing.registry import CHANNELS
 from fuxi_torchrec.ops.token_mixing.time_gaps import TimeGaps
 
-PARAMETERS = {"pow": 2, "exp": 2, "log": 3, "linear": 2, "sin": 4, "mixed": 13, "zero": 0}
 JAGGED = [0, 1, 5, 7, 101, 100, 0, 140, 139, 1]
 LENGTHS = [JAGGED, [1], [37] * 4, [201, 2], [0, 3, 0]]
 
@@ -30,7 +30,7 @@ def parameters(name, longest):
         return [torch.randn(time_maps.NUM_BUCKETS + 1)]
     if name == "nn":
         return [torch.randn(s) * 0.5 for s in ((5, 1), (5,), (5, 5), (5,), (1, 5), (1,))]
-    return [torch.rand(1) * 0.6 + 0.1 for _ in range(PARAMETERS[name])]
+    return [torch.rand(1) * 0.6 + 0.1 for _ in range(CHANNELS[name].num_scalars)]
 
 
 def output_and_gradients(lengths, names, implementation, dtype, heads=2, d=3, time_unit=1.0):

@@ -20,7 +20,7 @@ from fuxi_torchrec.ops.token_mixing import (
 from fuxi_torchrec.ops.token_mixing import (
     linear as mixing_linear,
 )
-from fuxi_torchrec.ops.token_mixing.dispatch import mix_tokens, prepare
+from fuxi_torchrec.ops.token_mixing.dispatch import mix_by_plan, mix_tokens, plan_mixing
 from fuxi_torchrec.ops.token_mixing.exponential_scan import gap_seconds
 from fuxi_torchrec.ops.token_mixing.exponential_sums import B_RANGE, DEFAULT_TOLERANCE, LONGEST_GAP, power_law_sum
 from fuxi_torchrec.ops.token_mixing.linear import LinearGaps, linear_backward, linear_forward
@@ -109,10 +109,11 @@ def test_what_is_prepared_once_is_what_every_block_takes(names, monkeypatch):
     layout = JaggedLayout.from_lengths(JAGGED)
     channels = [(name, parameters(name, layout.max_length)) for name in names]
     gaps = TimeGaps(*times(JAGGED), layout)
-    prepare(layout, channels, gaps, "linear")
+    values = torch.randn(layout.num_tokens, 1, 4)
+    plan = plan_mixing(values, layout, channels, gaps, "linear")
     prepared, taken, mix_op = set(map(id, gaps.features.values())), [], token_mixing.mix_op
     monkeypatch.setattr(token_mixing, "mix_op", lambda *a: (taken.extend(zip(a[5].split(), a[3])), mix_op(*a))[1])
-    mix_tokens(torch.randn(layout.num_tokens, 1, 4), layout, channels, gaps, "linear")
+    mix_by_plan(values, channels, plan)
     assert len(taken) == len(names) and all(id(x) in prepared for name, x in taken if name != "positional")
 
 
@@ -146,8 +147,8 @@ def test_long_sequences_in_value_and_every_gradient(length, toeplitz_kernel):
     layout = JaggedLayout.from_lengths([length])
     v, weight, a, b = (x.detach().float().requires_grad_() for x in leaves)
     channels, gaps = [("positional", [weight]), ("pow", [a, b])], TimeGaps(times_N, next_N, layout)
-    prepare(layout, channels, gaps, "linear")
-    y = mix_tokens(v.view(length, 1, 8), layout, channels, gaps, "linear")[:, 0]
+    plan = plan_mixing(v, layout, channels, gaps, "linear")
+    y = mix_by_plan(v.view(length, 1, 8), channels, plan)[:, 0]
     grads = torch.autograd.grad(y, [v, weight, a, b], grad.float())
     assert_close([y.detach()[rows].double(), *(g.double() for g in grads)], [expected.detach(), *expected_grads], 1e-5)
 

@@ -1,5 +1,5 @@
 """Token mixing, y_c = A_c v: dispatch, a plain reference, and the fast versions."""
 
-from fuxi_torchrec.ops.token_mixing.dispatch import mix_tokens, prepare
+from fuxi_torchrec.ops.token_mixing.dispatch import MixingPlan, mix_by_plan, mix_tokens, plan_mixing
 
-__all__ = ["mix_tokens", "prepare"]
+__all__ = ["MixingPlan", "mix_by_plan", "mix_tokens", "plan_mixing"]

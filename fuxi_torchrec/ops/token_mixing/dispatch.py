@@ -1,13 +1,15 @@
 """FuXi's query-free token mixing on jagged rows: y_c = A_c v with causal maps A_c that no query or key enters.
 
-A channel is ("positional", (weight_N,)) with A[i,j] = weight_N[i - j], ("zero", ()), or (name, parameters) with a map
-of `time_maps.TIME_MAPS`, A[i,j] = f(t_{i+1} - t_j). Source: FuXi-β (arXiv 2508.10615), section 3; docs/models.md, "FuXi
-block".
+A channel is its name in `registry.CHANNELS` and its parameters: positional, A[i,j] = weight_N[i - j]; zero; or a map of
+the time differences, A[i,j] = f(t_{i+1} - t_j). Source: FuXi-β (arXiv 2508.10615), section 3; docs/models.md, "The
+equations". Which code mixes which channels of a batch, and what it reads of the times, is a `MixingPlan`, made once and
+taken by every block.
 
 Shapes: T tokens, N padded length, H heads, d value size per head, C channels.
 """
 
-from typing import List, Literal, NamedTuple, Optional, Sequence, get_args
+from dataclasses import dataclass
+from typing import List, Literal, Optional, Sequence, Tuple, get_args
 
 import torch
 from torch import Tensor
@@ -15,9 +17,9 @@ from torch import Tensor
 from fuxi_torchrec.ops.jagged import JaggedLayout
 from fuxi_torchrec.ops.token_mixing import native as mixing_native
 from fuxi_torchrec.ops.token_mixing import triton as triton_mixing
-from fuxi_torchrec.ops.token_mixing.linear import LINEAR_FORMS
 from fuxi_torchrec.ops.token_mixing.operator import make_features, mix_op
 from fuxi_torchrec.ops.token_mixing.reference import mix_reference
+from fuxi_torchrec.ops.token_mixing.registry import CHANNELS, LINEAR
 from fuxi_torchrec.ops.token_mixing.time_gaps import CACHED_ENTRIES, FeatureKey, TimeGaps
 from fuxi_torchrec.ops.token_mixing.time_maps import Channel
 
@@ -54,66 +56,107 @@ def mix_tokens(
     Returns:
         [T, H, C, d] in v's type: per head, the channels' outputs side by side, in the order given.
     """
-    assert len(channels) > 0, "at least one channel"
-    if implementation == "reference":
-        return mix_reference(values_THd, layout, channels, gaps)
-    chosen = _kernels(values_THd, layout, channels, implementation)
-    if chosen == "triton":
-        return triton_mixing.triton_mix_tokens(values_THd, layout, channels, gaps)
-    if chosen == "native":
-        return mixing_native.mix_native(values_THd, layout, channels, gaps)
-    parts = _parts(values_THd, layout, channels, gaps, implementation)
-    mixed = [_mix(values_THd, layout, [channels[c] for c in part.members], gaps, part) for part in parts]
+    plan = plan_mixing(values_THd, layout, channels, gaps, implementation, shared=False)
+    return mix_by_plan(values_THd, channels, plan)
+
+
+@dataclass(frozen=True)
+class MixingPart:
+    """Channels that one call of the operator mixes.
+
+    Attributes:
+        members: their places among all channels.
+        linear_from: users with more rows than this are mixed in linear time; None: nobody is.
+        in_c: whether `native` mixes the others.
+        features: for each member, what it reads of the times (`operator.make_features`); empty: it is made when needed.
+    """
+
+    members: Tuple[int, ...]
+    linear_from: Optional[int]
+    in_c: bool
+    features: Tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class MixingPlan:
+    """Which code mixes which channels of a batch; for values of one type, of every block that has these channels.
+
+    Attributes:
+        kernel: the code; "torch" mixes `parts` by the operator, the others take all channels at once.
+        dtype: of the values.
+        layout, gaps: the batch's.
+    """
+
+    kernel: Literal["triton", "native", "torch", "reference"]
+    dtype: torch.dtype
+    layout: JaggedLayout
+    gaps: Optional[TimeGaps]
+    parts: Tuple[MixingPart, ...] = ()
+
+
+def plan_mixing(
+    like: Tensor,
+    layout: JaggedLayout,
+    channels: Sequence[Channel],
+    gaps: Optional[TimeGaps] = None,
+    implementation: Implementation = "auto",
+    shared: bool = True,
+) -> MixingPlan:
+    """Plans the mixing of a batch; arguments as of `mix_tokens`.
+
+    Args:
+        like: any tensor of the values' type and device.
+        shared: several blocks will take the plan: what they read of the times is made now, and kept in `gaps`.
+
+    Raises:
+        ValueError: no channel, or an implementation that does not exist.
+    """
+    if not channels or implementation not in get_args(Implementation):
+        known = ", ".join(get_args(Implementation))
+        raise ValueError(f"token mixing: {len(channels)} channels by {implementation!r}; it takes one or more, by {known}")
+    kernel, parts = _kernel(like, layout, channels, implementation), []
+    if kernel == "torch":
+        froms = [_linear_from(name, layout, gaps, implementation) for name, _ in channels]
+        for linear_from in dict.fromkeys(froms):
+            members = tuple(c for c, start in enumerate(froms) if start == linear_from)
+            chosen = [channels[c] for c in members]
+            in_c = implementation in ("auto", "linear") and mixing_native.supports(like, chosen)
+            features = tuple(_features(like, channel, gaps, linear_from, in_c, shared) for channel in chosen)
+            parts.append(MixingPart(members, linear_from, in_c, features))
+    return MixingPlan(kernel, like.dtype, layout, gaps, tuple(parts))
+
+
+def mix_by_plan(values_THd: Tensor, channels: Sequence[Channel], plan: MixingPlan) -> Tensor:
+    """Mixes values as planned, [T, H, C, d]; the channels are those of the plan, by name and order.
+
+    Raises:
+        ValueError: values of another type than planned for.
+    """
+    if values_THd.dtype != plan.dtype:
+        raise ValueError(f"token mixing was planned for {plan.dtype}, not for {values_THd.dtype}")
+    if plan.kernel == "reference":
+        return mix_reference(values_THd, plan.layout, channels, plan.gaps)
+    if plan.kernel == "triton":
+        return triton_mixing.triton_mix_tokens(values_THd, plan.layout, channels, plan.gaps)
+    if plan.kernel == "native":
+        return mixing_native.mix_native(values_THd, plan.layout, channels, plan.gaps)
+    parts = [_mix(values_THd, [channels[c] for c in part.members], plan, part) for part in plan.parts]
     if len(parts) == 1:
-        return mixed[0]
-    mixed, order = torch.cat(mixed, 2), [c for part in parts for c in part.members]
+        return parts[0]
+    mixed, order = torch.cat(parts, 2), [c for part in plan.parts for c in part.members]
     return mixed if order == sorted(order) else mixed[:, :, [order.index(c) for c in range(len(order))]]
 
 
-class _Part(NamedTuple):
-    """Channels that one call of the operator mixes: their places among all, from which length on they are mixed in
-    linear time (None: never), and whether `native` mixes the shorter users."""
-
-    members: List[int]
-    linear_from: Optional[int]
-    in_c: bool
-
-
-def _parts(
-    values_THd: Optional[Tensor],
-    layout: JaggedLayout,
-    channels: Sequence[Channel],
-    gaps: Optional[TimeGaps],
-    implementation: Implementation,
-) -> List[_Part]:
-    """The channels, those of one length to be linear from together; values None: as far as it can be told from the
-    parameters, for values of their type."""
-    autocast = values_THd is None and torch.is_autocast_enabled(layout.device.type)
-    froms = [_linear_from(name, layout, gaps, implementation) for name, _ in channels]
-    parts = []
-    for linear_from in dict.fromkeys(froms):
-        members = [c for c, start in enumerate(froms) if start == linear_from]
-        in_c = not autocast and _in_c(values_THd, [channels[c] for c in members], implementation)
-        parts.append(_Part(members, linear_from, in_c))
-    return parts
-
-
-def _kernels(
-    values_THd: Optional[Tensor], layout: JaggedLayout, channels: Sequence[Channel], implementation: Implementation
+def _kernel(
+    like: Tensor, layout: JaggedLayout, channels: Sequence[Channel], implementation: Implementation
 ) -> Literal["triton", "native", "torch", "reference"]:
-    """Which code runs; values None: as far as it can be told from the parameters, for values of their type."""
-    assert implementation in get_args(Implementation), implementation
     if implementation in ("reference", "triton", "native"):
         return implementation
     if implementation in ("auto", "exact"):
-        like = values_THd if values_THd is not None else next((p for _, ps in channels for p in ps), None)
-        if like is None:
-            return "torch"
         if triton_mixing.can_mix(like, channels):
             return "triton"
         within = implementation == "exact" or layout.max_length <= NATIVE_TO
-        autocast = values_THd is None and torch.is_autocast_enabled(like.device.type)
-        if within and not autocast and mixing_native.supports(like, channels):
+        if within and mixing_native.supports(like, channels):
             return "native"
     return "torch"
 
@@ -121,43 +164,32 @@ def _kernels(
 def _linear_from(
     name: str, layout: JaggedLayout, gaps: Optional[TimeGaps], implementation: Implementation
 ) -> Optional[int]:
-    if implementation in ("blocked", "exact") or name not in LINEAR_FORMS or layout.max_length <= LINEAR_FROM:
+    is_known = LINEAR in CHANNELS[name].versions
+    if implementation in ("blocked", "exact") or not is_known or layout.max_length <= LINEAR_FROM:
         return None
     # A scan over chunks takes time to run forwards.
-    return LINEAR_FROM if name in ("positional", "zero") or gaps.are_sorted else None
+    return LINEAR_FROM if CHANNELS[name].time_map is None or gaps.are_sorted else None
 
 
-def _in_c(values_THd: Optional[Tensor], channels: Sequence[Channel], implementation: Implementation) -> bool:
-    """Whether users who are not mixed in linear time are mixed by `native`."""
-    like = values_THd if values_THd is not None else next((p for _, ps in channels for p in ps), None)
-    return implementation in ("auto", "linear") and like is not None and mixing_native.supports(like, channels)
+def _features(
+    like: Tensor, channel: Channel, gaps: Optional[TimeGaps], linear_from: Optional[int], in_c: bool, shared: bool
+) -> Tensor:
+    name, params = channel
+    if gaps is None or CHANNELS[name].time_map is None:
+        return like.new_empty(0)
+    key = FeatureKey(name, linear_from, in_c, params[0].dtype)
+    if shared and key not in gaps.features:
+        gaps.features[key] = make_features(key, gaps.times, gaps.layout.slots, CACHED_ENTRIES)
+    return gaps.features.get(key, like.new_empty(0))
 
 
-def _mix(values_THd, layout, channels, gaps: Optional[TimeGaps], part: _Part) -> Tensor:
-    _, linear_from, in_c = part
-    params = [p for _, ps in channels for p in ps]
+def _mix(values_THd: Tensor, channels: Sequence[Channel], plan: MixingPlan, part: MixingPart) -> Tensor:
     nothing = values_THd.new_empty(0)
+    gaps, slots = plan.gaps, plan.layout.slots
     times = [nothing, nothing] if gaps is None else list(gaps.times[:2])
-    made = {} if gaps is None else gaps.features
-    keys = [FeatureKey(name, linear_from, in_c, ps[0].dtype) if ps else None for name, ps in channels]
-    features = [made.get(key, nothing) for key in keys]
-    slots = layout.slots
-    slots = [slots.users_B5, slots.token_P, slots.slot_T, slots.padding_slots]
+    time_unit, tolerance = (1.0, 1e-6) if gaps is None else gaps.times[2:]
+    where = [slots.users_B5, slots.token_P, slots.slot_T, slots.padding_slots]
+    params: List[Tensor] = [p for _, ps in channels for p in ps]
     kinds = " ".join(name for name, _ in channels)
-    unit, tolerance = (1.0, 1e-6) if gaps is None else gaps.times[2:]
-    return mix_op(values_THd, times, slots, features, params, kinds, linear_from, in_c, unit, tolerance)
-
-
-def prepare(
-    layout: JaggedLayout, channels: Sequence[Channel], gaps: TimeGaps, implementation: Implementation = "auto"
-) -> None:
-    """Makes what `mix_tokens` reads of the times once for every block of a batch that has these channels."""
-    if _kernels(None, layout, channels, implementation) != "torch":
-        return  # these make it in registers
-    for part in _parts(None, layout, channels, gaps, implementation):
-        for name, params in (channels[c] for c in part.members):
-            if name in ("positional", "zero"):
-                continue
-            key = FeatureKey(name, part.linear_from, part.in_c, params[0].dtype)
-            if key not in gaps.features:
-                gaps.features[key] = make_features(key, gaps.times, layout.slots, CACHED_ENTRIES)
+    settings = (kinds, part.linear_from, part.in_c, time_unit, tolerance)
+    return mix_op(values_THd, times, where, list(part.features), params, *settings)

@@ -29,8 +29,6 @@ from fuxi_torchrec.ops.token_mixing.time_gaps import Times
 from fuxi_torchrec.ops.token_mixing.time_maps import Channel
 from fuxi_torchrec.ops.token_mixing.toeplitz import toeplitz_backward, toeplitz_forward
 
-LINEAR_FORMS = ("positional", "zero", "pow", "exp")
-"""Channels that have a linear form here."""
 LARGEST_EXPONENT = 80.0
 """b of `exp` is taken to be at most this, so that e^b stays a number."""
 

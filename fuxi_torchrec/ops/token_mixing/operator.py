@@ -16,22 +16,9 @@ from fuxi_torchrec.ops.jagged import Slots
 from fuxi_torchrec.ops.token_mixing import native as mixing_native
 from fuxi_torchrec.ops.token_mixing.blocked import blocked_backward, blocked_forward
 from fuxi_torchrec.ops.token_mixing.linear import LinearGaps, linear_backward, linear_forward
+from fuxi_torchrec.ops.token_mixing.registry import CHANNELS
 from fuxi_torchrec.ops.token_mixing.time_gaps import FeatureKey, StripGaps, Times
 from fuxi_torchrec.ops.token_mixing.time_maps import TIME_MAPS, Channel
-
-PARAMETERS = {
-    "positional": 1,
-    "zero": 0,
-    "pow": 2,
-    "exp": 2,
-    "log": 3,
-    "linear": 2,
-    "sin": 4,
-    "mixed": 13,
-    "nn": 6,
-    "bucketed": 1,
-}
-"""Parameters of each channel."""
 
 
 @dataclass
@@ -49,8 +36,9 @@ class _Mixing:
     def of(cls, times, slots, features, params, kinds: str, linear_from, in_c: bool, time_unit: float, tolerance: float):
         rest, channels = list(params), []
         for name in kinds.split():
-            channels.append((name, rest[: PARAMETERS[name]]))
-            rest = rest[PARAMETERS[name] :]
+            count = len(CHANNELS[name].parameters)
+            channels.append((name, rest[:count]))
+            rest = rest[count:]
         return cls(Times(*times, time_unit, tolerance), Slots(*slots), features, channels, linear_from, in_c)
 
     @cached_property
@@ -75,7 +63,7 @@ class _Mixing:
         """Of the temporal channels, by their number, for short and for long users."""
         strips, linear = {}, {}
         for c, (name, params) in enumerate(self.channels):
-            if name not in ("positional", "zero"):
+            if CHANNELS[name].time_map is not None:
                 strips[c], linear[c] = _gaps(name, params[0].dtype, self.times, *self._split, self.in_c, self.features[c])
         return strips, linear
 

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from fuxi_torchrec.ops.jagged import JaggedLayout
+from fuxi_torchrec.ops.token_mixing.registry import CHANNELS, TRITON
 from fuxi_torchrec.ops.token_mixing.time_gaps import TimeGaps
-from fuxi_torchrec.ops.token_mixing.time_maps import NUM_BUCKETS
+from fuxi_torchrec.ops.token_mixing.time_maps import Channel
 from fuxi_torchrec.ops.triton_common import (
     IS_INSTALLED,
     Tiles,
@@ -29,24 +30,22 @@ from fuxi_torchrec.ops.triton_common import (
     tuned,
 )
 
-PARAMETERS = {"pow": 2, "exp": 2, "log": 3, "linear": 2, "sin": 4, "mixed": 13, "bucketed": NUM_BUCKETS + 1}
-"""Temporal maps that the kernels know, and how many parameters each has. ("nn" is not among them.)"""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PROGRAMS = 1024
 """Programs wanted of the maps' backward: a few for each of a large GPU's multiprocessors. It decides, with the batch's
 shape alone, into how many partial sums a gradient is cut, so results are the same on every device."""
 
 
-def can_mix(values_THd: Tensor, channels: Sequence[Tuple[str, Sequence[Tensor]]]) -> bool:
+def can_mix(values_THd: Tensor, channels: Sequence[Channel]) -> bool:
     """Whether the kernels know these channels and this type, and can run on this device."""
-    known = all(name in PARAMETERS or name in ("positional", "zero") for name, _ in channels)
+    known = all(TRITON in CHANNELS[name].versions for name, _ in channels)
     return values_THd.is_cuda and known and values_THd.dtype in DTYPES and IS_INSTALLED
 
 
 def triton_mix_tokens(
     values_THd: Tensor,
     layout: JaggedLayout,
-    channels: Sequence[Tuple[str, Sequence[Tensor]]],
+    channels: Sequence[Channel],
     gaps: Optional[TimeGaps] = None,
 ) -> Tensor:
     """`token_mixing.mix_tokens` by the kernels of this module.
@@ -54,7 +53,7 @@ def triton_mix_tokens(
     Args:
         values_THd: float32, bfloat16 or float16; maps and sums are float32 whatever the type, products of float32 are
             made without TF32.
-        channels: "positional", "zero" or a temporal map of PARAMETERS, with their parameters.
+        channels: of those that the registry gives to TRITON, with their parameters.
 
     Raises:
         RuntimeError: triton is missing, or the tensors are not on a GPU (and the interpreter is off).
@@ -63,16 +62,19 @@ def triton_mix_tokens(
     if values_THd.dtype not in DTYPES:
         raise ValueError(f"token mixing by triton: {values_THd.dtype} is none of {DTYPES}; use another implementation")
     kinds = [name for name, _ in channels]
-    unknown = [name for name in kinds if name not in PARAMETERS and name not in ("positional", "zero")]
+    unknown = [name for name in kinds if TRITON not in CHANNELS[name].versions]
     if unknown:
         raise ValueError(f"token mixing by triton: no kernel for the channels {unknown}; use another implementation")
     sizes = [sum(p.numel() for p in params) for _, params in channels]
     for name, size in zip(kinds, sizes):
-        assert size == PARAMETERS[name] if name in PARAMETERS else name == "zero" or size >= layout.max_length
+        least = layout.max_length if name == "positional" else CHANNELS[name].num_scalars
+        if size < least:
+            raise ValueError(f"token mixing by triton: {name} has {size} parameters where {least} are needed")
     flat = [p.reshape(-1).float() for _, params in channels for p in params]
     params_P = torch.cat(flat) if flat else values_THd.new_empty(0, dtype=torch.float32)
     times = (None, None, 1.0) if gaps is None else (gaps.timestamps_T, gaps.next_timestamps_T, gaps.time_unit)
-    assert gaps is not None or not any(name in PARAMETERS for name in kinds), "a temporal channel needs the time gaps"
+    if gaps is None and any(CHANNELS[name].time_map for name in kinds):
+        raise ValueError("token mixing by triton: a temporal channel needs the time gaps")
     past_T, next_T, time_unit = times
     return _mix(
         values_THd, params_P, layout.offsets_B1, past_T, next_T, ",".join(kinds), sizes, layout.max_length, time_unit
@@ -94,7 +96,7 @@ class _Launch:
 def _launches(kinds: Sequence[str], sizes: Sequence[int]) -> List[_Launch]:
     starts = [sum(sizes[:c]) for c in range(len(sizes))]
     lags = [c for c, name in enumerate(kinds) if name == "positional"]
-    times = [c for c, name in enumerate(kinds) if name in PARAMETERS]
+    times = [c for c, name in enumerate(kinds) if CHANNELS[name].time_map]
     launches = []
     for k in range(max(len(lags), len(times))):
         lag, time = (channels[k] if k < len(channels) else -1 for channels in (lags, times))
@@ -207,7 +209,7 @@ def _mix_backward(
     values_kernel, maps_kernel = _kernel_for("mix_backward_values", v), _kernel_for("mix_backward_maps", v)
     grad_values = []
     for launch in launches:
-        slots = power_of_two(PARAMETERS.get(launch.form, 1))
+        slots = power_of_two(CHANNELS[launch.form].num_scalars if launch.form else 1)
         lags = params_P.new_empty((users, parts, diagonals, 2, block) if launch.positional >= 0 else 0)
         sums = params_P.new_empty((users, parts, diagonals, slots) if launch.form else 0)
         grad_values.append(values_THd.new_empty(T, H, d, dtype=v.dtype if len(launches) == 1 else torch.float32))
@@ -223,7 +225,7 @@ def _mix_backward(
                 *shape, diagonals, parts, **kinds_done, BLOCK=block, SLOTS=slots,
             )  # fmt: skip
         if launch.form:
-            count = PARAMETERS[launch.form]
+            count = CHANNELS[launch.form].num_scalars
             grad_params_P[launch.time : launch.time + count] = sums.sum((0, 1, 2))[:count]
         if launch.positional >= 0:
             grad_params_P[launch.weight : launch.weight + max_length] = _sum_lags(lags)[:max_length]
