@@ -7,6 +7,7 @@ from fuxi_torchrec.ops.token_mixing import time_maps
 from fuxi_torchrec.ops.token_mixing.dispatch import mix_tokens
 from fuxi_torchrec.ops.token_mixing.registry import CHANNELS
 from fuxi_torchrec.ops.token_mixing.time_gaps import TimeGaps
+from tests.helpers.closeness import assert_sums_close, mixing_sizes, rounding
 
 JAGGED = [0, 1, 5, 7, 101, 100, 0, 140, 139, 1]
 LENGTHS = [JAGGED, [1], [37] * 4, [201, 2], [0, 3, 0]]
@@ -34,20 +35,25 @@ def parameters(name, longest):
 
 
 def output_and_gradients(lengths, names, implementation, dtype, heads=2, d=3, time_unit=1.0):
+    """[output, gradients of values and of every parameter]; implementation "sizes": of what these sum."""
     torch.manual_seed(5)
     layout = JaggedLayout.from_lengths(lengths)
     gaps = TimeGaps(*times(lengths), layout, time_unit)
     values = torch.randn(layout.num_tokens, heads, d).to(dtype).requires_grad_()
     channels = [(n, [p.to(dtype).requires_grad_() for p in parameters(n, layout.max_length)]) for n in names]
+    if implementation == "sizes":
+        return mixing_sizes(values, layout, channels, gaps, torch.randn(layout.num_tokens, heads, len(names), d))
     out = mix_tokens(values, layout, channels, gaps, implementation)
     leaves = [values] + [p for _, params in channels for p in params]
     grads = torch.autograd.grad(out, leaves, torch.randn(out.shape).to(dtype))
     return [out.detach(), *grads]
 
 
-def assert_close(actual, expected, tolerance):
-    assert len(actual) == len(expected)
-    for a, e in zip(actual, expected):
-        assert a.shape == e.shape
-        assert torch.isfinite(a).all()
-        assert (a - e).abs().max() <= tolerance * e.abs().max() + 1e-30
+def assert_equals_reference(lengths, names, implementation, dtype, heads=2, d=3, approximation=0.0):
+    """To rounding: an entry of a map's gradient adds up E products, a result that of one row; users add up in float64 or
+    by halves. `approximation`: what entries of the maps may be off besides."""
+    expected = output_and_gradients(lengths, names, "reference", torch.float64, heads, d)
+    sizes = output_and_gradients(lengths, names, "sizes", torch.float64, heads, d)
+    actual = output_and_gradients(lengths, names, implementation, dtype, heads, d)
+    tolerance = approximation + sum(rounding(t, max(lengths) + heads * d) for t in (dtype, torch.float64))
+    assert_sums_close([x.double() for x in actual], expected, sizes, tolerance)

@@ -18,6 +18,7 @@ from fuxi_torchrec.ops.sampled_softmax.dispatch import per_token_sampled_softmax
 from fuxi_torchrec.ops.sampled_softmax.reference import sampled_softmax_reference
 from fuxi_torchrec.ops.token_mixing.dispatch import mix_tokens
 from fuxi_torchrec.ops.token_mixing.time_gaps import TimeGaps
+from tests.helpers.closeness import mixing_sizes
 from tests.helpers.mixing import parameters, times
 
 TAU = 0.05
@@ -43,7 +44,7 @@ def _prepare(interpret, cache):
 
 def mixed(lengths, names, implementation, dtype=torch.float32, exact=torch.float64, heads=2, d=11, time_unit=1.0):
     """[output, gradients of values and of every parameter] in float64. Values of `dtype`; the reference computes with the
-    same numbers in `exact`. The values are some columns of a wider matrix."""
+    same numbers in `exact`. The values are some columns of a wider matrix. "sizes": of what the reference sums."""
     torch.manual_seed(5)
     layout = JaggedLayout.from_lengths(lengths)
     gaps = TimeGaps(*times(lengths), layout, time_unit)
@@ -54,6 +55,8 @@ def mixed(lengths, names, implementation, dtype=torch.float32, exact=torch.float
         wide, grad = wide.to(exact), grad.to(exact)
         channels = [(n, [p.to(exact) for p in params]) for n, params in channels]
     values = wide[:, 3 : 3 + heads * d].unflatten(1, (heads, d)).requires_grad_()
+    if implementation == "sizes":
+        return mixing_sizes(values, layout, channels, gaps, grad)
     leaves = [values] + [p.requires_grad_() for _, params in channels for p in params]
     out = mix_tokens(values, layout, channels, gaps, implementation)
     return [x.detach().double() for x in (out, *torch.autograd.grad(out, leaves, grad))]

@@ -11,7 +11,7 @@ from fuxi_torchrec.ops.jagged import JaggedLayout
 from fuxi_torchrec.ops.sampled_softmax.dispatch import per_token_sampled_softmax, shared_sampled_softmax
 from fuxi_torchrec.ops.token_mixing.dispatch import mix_tokens
 from tests.helpers import triton_jobs as jobs
-from tests.helpers.mixing import assert_close
+from tests.helpers.closeness import assert_sums_close, rounding
 
 JAGGED = [0, 1, 5, 38, 16, 0, 33, 33]
 LENGTHS = {"jagged": JAGGED, "one token": [1], "several tiles": [70]}
@@ -45,16 +45,22 @@ def compiler(tmp_path_factory):
 def test_mixing_equals_reference_in_value_and_every_gradient(interpreter, lengths, names):
     # With phases of many turns a sine is what its argument's rounding makes of it: short gaps for it.
     unit = 1e-6 if "sin" in names else 1.0
-    expected = jobs.mixed(lengths, names, "reference", time_unit=unit)
-    assert_close(interpreter(jobs.mixed, lengths, names, "triton", time_unit=unit), expected, 1e-5)
+    expected, sizes = (jobs.mixed(lengths, names, kind, time_unit=unit) for kind in ("reference", "sizes"))
+    actual = interpreter(jobs.mixed, lengths, names, "triton", time_unit=unit)
+    assert_sums_close(actual, expected, sizes, rounding(torch.float32, max(lengths) + 22))
 
 
 @pytest.mark.parametrize("names, dtype", [(("positional", "pow"), torch.bfloat16), (("bucketed",), torch.float16)])
 def test_mixing_in_half_precision_keeps_maps_and_sums_in_float32(interpreter, names, dtype):
-    expected = jobs.mixed(JAGGED, names, "reference", dtype)
-    out, grad_values, *grad_params = interpreter(jobs.mixed, JAGGED, names, "triton", dtype)
-    assert_close([out, grad_values], expected[:2], 1e-2)  # a map's entries and the results are rounded to 8 bits
-    assert_close(grad_params, expected[2:], 1e-5)  # products of what is in half precision anyway, summed in float32
+    expected, sizes = (jobs.mixed(JAGGED, names, kind, dtype) for kind in ("reference", "sizes"))
+    actual, in_float32 = (
+        interpreter(jobs.mixed, JAGGED, names, "triton", dtype),
+        rounding(torch.float32, max(JAGGED) + 22),
+    )
+    # A map's entries and the results are rounded to 8 bits.
+    assert_sums_close(actual[:2], expected[:2], sizes[:2], 2 * torch.finfo(dtype).eps / 2 + in_float32)
+    # Products of what is in half precision anyway, summed in float32.
+    assert_sums_close(actual[2:], expected[2:], sizes[2:], in_float32)
 
 
 def test_mixing_an_empty_batch(interpreter):
