@@ -5,7 +5,7 @@ K negatives a position.
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, Callable, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Sequence, TypeVar
 
 import numpy as np
 import torch
@@ -14,10 +14,18 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
 from fuxi_torchrec.data.dataset import UserRows, ranges
-from fuxi_torchrec.data.negative_sampler import Negatives, NegativeSampler
+from fuxi_torchrec.data.negative_sampler import (
+    InBatchItems,
+    Negatives,
+    NegativeSampler,
+    PerTokenNegatives,
+    SharedNegatives,
+)
 from fuxi_torchrec.data.splits import Windows
 
 EVENTS, NEGATIVES = "events", "negatives"
+Record = TypeVar("Record", "SequenceBatch", Negatives, InBatchItems)
+Move = Callable[[Any], Any]
 
 
 @dataclass
@@ -30,8 +38,7 @@ class SequenceBatch(Pipelineable):
     input_index_T: int64 positions of the inputs among the events; their targets stand one behind.
     offsets_B1: int64, inputs of user b are [offsets[b], offsets[b + 1]).
     host_lengths: every user's n, on the host, so that a tower can plan its work without asking the device.
-    has_negatives: the batch was collated with a sampler: there is a loss to take.
-    negative_index_TK … item_share_P: see negatives.Negatives, whose fields they are.
+    negatives: how positions are set against the negatives' ids; None: there is no loss to take.
     user_ids_B: int64, on the host.
     target_log_prob_B: float64 on the host, the generator's own log p of each user's last event (synthetic data).
     position: the loader's position behind this batch (what a checkpoint keeps).
@@ -43,13 +50,7 @@ class SequenceBatch(Pipelineable):
     offsets_B1: Tensor
     host_lengths: List[int]
     user_ids_B: Tensor
-    has_negatives: bool = False
-    negative_index_TK: Optional[Tensor] = None
-    positive_index_T: Optional[Tensor] = None
-    in_batch_index_N: Optional[Tensor] = None
-    in_batch_kept: float = 1.0
-    expected_draws_P: Optional[Tensor] = None
-    item_share_P: Optional[Tensor] = None
+    negatives: Optional[Negatives] = None
     target_log_prob_B: Optional[Tensor] = None
     position: Any = None
 
@@ -60,22 +61,13 @@ class SequenceBatch(Pipelineable):
     @property
     def num_candidates(self) -> int:
         """How many items each position's loss sets against its positive, on this rank."""
-        if self.negative_index_TK is not None:
-            return self.negative_index_TK.shape[1]
-        in_batch = 0 if self.in_batch_index_N is None else self.in_batch_index_N.numel()
-        return self.ids.values().numel() - self.timestamps_E.numel() + in_batch
+        if isinstance(self.negatives, PerTokenNegatives):
+            return self.negatives.index_TK.shape[1]
+        in_batch = self.negatives.in_batch if self.negatives else None
+        return self.ids.values().numel() - self.timestamps_E.numel() + (in_batch.index_N.numel() if in_batch else 0)
 
-    def _map(self, move: Callable) -> "SequenceBatch":
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        kept_on_host = ("user_ids_B", "target_log_prob_B")
-        return replace(
-            self,
-            **{
-                name: move(value)
-                for name, value in moved.items()
-                if isinstance(value, (Tensor, KeyedJaggedTensor)) and name not in kept_on_host
-            },
-        )
+    def _map(self, move: Move) -> "SequenceBatch":
+        return _moved(self, move, kept=("user_ids_B", "target_log_prob_B"))
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "SequenceBatch":
         return self._map(lambda x: x.to(device, non_blocking=non_blocking))
@@ -85,6 +77,19 @@ class SequenceBatch(Pipelineable):
 
     def record_stream(self, stream: torch.Stream) -> None:
         self._map(lambda x: (x.record_stream(stream), x)[1])
+
+
+def _moved(record: Record, move: Move, kept: Sequence[str] = ()) -> Record:
+    """A copy of a dataclass with every tensor moved, those of the records in it too, but for `kept`, which stay on the
+    host."""
+    changes: Dict[str, Any] = {}
+    for name in (field.name for field in fields(record) if field.name not in kept):
+        value = getattr(record, name)
+        if isinstance(value, (Tensor, KeyedJaggedTensor)):
+            changes[name] = move(value)
+        elif isinstance(value, (PerTokenNegatives, SharedNegatives, InBatchItems)):
+            changes[name] = _moved(value, move)
+    return replace(record, **changes)
 
 
 def collate(
@@ -103,22 +108,17 @@ def collate(
     ends_B = np.cumsum(lengths_B)
     input_index_T = np.delete(np.arange(len(events)), (ends_B - 1)[lengths_B > 0])
     item_ids_E = rows.item_ids_E[events]
-    negatives = sampler.sample(item_ids_E[input_index_T + 1], step) if sampler else Negatives(torch.empty(0).long())
+    drawn = sampler.sample(item_ids_E[input_index_T + 1], step) if sampler else None
+    negative_ids_U = torch.empty(0, dtype=torch.int64) if drawn is None else drawn.ids_U
     inputs_B = np.maximum(lengths_B - 1, 0)
     return SequenceBatch(
-        ids=_keyed(torch.from_numpy(item_ids_E), torch.from_numpy(lengths_B), negatives.ids_U),
+        ids=_keyed(torch.from_numpy(item_ids_E), torch.from_numpy(lengths_B), negative_ids_U),
         timestamps_E=torch.from_numpy(rows.timestamps_E[events]),
         input_index_T=torch.from_numpy(input_index_T),
         offsets_B1=torch.from_numpy(np.concatenate([[0], np.cumsum(inputs_B)])),
         host_lengths=inputs_B.tolist(),
         user_ids_B=torch.from_numpy(windows.user_ids_U),
-        has_negatives=sampler is not None,
-        negative_index_TK=negatives.index_TK,
-        positive_index_T=negatives.positive_index_T,
-        in_batch_index_N=negatives.in_batch_index_N,
-        in_batch_kept=negatives.in_batch_kept,
-        expected_draws_P=negatives.expected_draws_P,
-        item_share_P=negatives.item_share_P,
+        negatives=None if drawn is None else drawn.negatives,
         target_log_prob_B=None if rows.log_probs_E is None else torch.from_numpy(rows.log_probs_E[stop_B - 1]),
         position=position,
     )

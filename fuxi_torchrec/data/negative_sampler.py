@@ -7,8 +7,8 @@ Shape suffixes: T positions, K negatives a position, U ids to look up, N in-batc
 the N in-batch items), V catalogue.
 """
 
-from dataclasses import dataclass
-from typing import Optional
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Optional, Tuple, Union
 
 import numpy as np
 import torch
@@ -26,30 +26,59 @@ MARKED_ITEMS = 16
 FEW_ITEMS = 4
 
 
-@dataclass
-class Negatives:
-    """A batch's negatives.
+@dataclass(frozen=True)
+class PerTokenNegatives:
+    """Holds a set of negatives for each position (loss.negatives: per_token).
 
-    ids_U: int64 ids to look up, each once: those drawn, or all there are (per_token, full); or the pool itself, in
-        drawing order (shared, mixed); empty for in_batch.
-    index_TK: int32 rows of ids_U, a set for each position; None where all positions share the candidates.
-    positive_index_T: int64 row of ids_U that is the position's own positive, −1 where none is; None likewise.
-    in_batch_index_N: int64 positions whose positives are the in-batch items, each item once (in_batch, mixed). They
-        are looked up as events already, so that they cost no exchange.
-    in_batch_kept: part of the batch's distinct positives that in_batch_index_N keeps (loss.max_in_batch).
-    expected_draws_P: float32, how often each candidate is expected among this rank's draws: Σ count · q(candidate);
-        None without loss.log_q.
-    item_share_P: float32, each candidate's part of the training events, add-one smoothed: how likely a position's
-        positive is to be it. None without in-batch items or without loss.log_q.
+    index_TK: int32 rows of the ids that are looked up.
+    positive_index_T: int64 row among them that is the position's own positive, −1 where none is.
+    expected_draws_U: float32, how often each id is expected among a position's draws: K · q(id); None without loss.log_q.
     """
 
-    ids_U: Tensor
-    index_TK: Optional[Tensor] = None
-    positive_index_T: Optional[Tensor] = None
-    in_batch_index_N: Optional[Tensor] = None
-    in_batch_kept: float = 1.0
-    expected_draws_P: Optional[Tensor] = None
+    index_TK: Tensor
+    positive_index_T: Tensor
+    expected_draws_U: Optional[Tensor] = None
+
+
+@dataclass(frozen=True)
+class InBatchItems:
+    """Holds the positives that serve as candidates of all positions, each item once.
+
+    They are looked up as events already, so that they cost no exchange.
+
+    index_N: int64 positions whose positives they are.
+    kept: part of the batch's distinct positives that they are (loss.max_in_batch).
+    item_share_P: float32, each candidate's part of the training events, add-one smoothed: how likely a position's
+        positive is to be it. None without loss.log_q.
+    """
+
+    index_N: Tensor
+    kept: float = 1.0
     item_share_P: Optional[Tensor] = None
+
+
+@dataclass(frozen=True)
+class SharedNegatives:
+    """Says what all positions share as candidates: the ids that are looked up, in drawing order (shared, mixed, full),
+    and in-batch items (in_batch, mixed).
+
+    expected_draws_P: float32, how often each candidate is expected among this rank's draws: Σ count · q(candidate);
+        None without loss.log_q.
+    """
+
+    in_batch: Optional[InBatchItems] = None
+    expected_draws_P: Optional[Tensor] = None
+
+
+Negatives = Union[PerTokenNegatives, SharedNegatives]
+
+
+class Sampled(NamedTuple):
+    """What a batch's sampling gave: ids_U, int64 ids to look up (each once, but for a pool, which is in drawing order;
+    none for in_batch), and how positions are set against them."""
+
+    ids_U: Tensor
+    negatives: Negatives
 
 
 class NegativeSampler:
@@ -75,54 +104,64 @@ class NegativeSampler:
         # Each position's positive is taken for a draw from this, when in-batch items are weighed.
         self.positives = ItemDistribution(num_items, frequency_V, 1.0) if _weighs_in_batch(config) else None
 
-    def sample(self, positive_ids_T: np.ndarray, step: int) -> Negatives:
+    def sample(self, positive_ids_T: np.ndarray, step: int) -> Sampled:
         """Draws for the positions' positives (int64 [T]) at a step."""
         generator = np.random.default_rng([self.seed, self.rank, step])
         if self.config.negatives == "full":
-            return Negatives(torch.arange(self.num_items))
+            return Sampled(torch.arange(self.num_items), SharedNegatives())
         if self.config.negatives == "per_token":
-            negatives = self._per_token(generator, positive_ids_T)
-        else:
-            negatives = self._shared(generator, positive_ids_T)
-        if self.config.log_q:
-            self._weigh(negatives, positive_ids_T)
-        return negatives
+            return self._per_token(generator, positive_ids_T)
+        return self._shared(generator, positive_ids_T, step)
 
-    def _per_token(self, generator: np.random.Generator, positive_ids_T: np.ndarray) -> Negatives:
+    def _per_token(self, generator: np.random.Generator, positive_ids_T: np.ndarray) -> Sampled:
         dtype = np.int32 if self.num_items <= np.iinfo(np.int32).max else np.int64
         drawn_TK = self.distribution.draw(generator, (len(positive_ids_T), self.config.num_negatives), dtype)
-        if self.num_items <= drawn_TK.size // FEW_ITEMS:
-            positive_T = torch.from_numpy(positive_ids_T)
-            return Negatives(torch.arange(self.num_items), torch.from_numpy(drawn_TK), positive_T)
-        return _unique(drawn_TK, positive_ids_T, self.num_items)
+        ids_U, index_TK, positive_T = np.arange(self.num_items), drawn_TK, positive_ids_T
+        if self.num_items > drawn_TK.size // FEW_ITEMS:
+            ids_U, index_TK, positive_T = _unique(drawn_TK, positive_ids_T, self.num_items)
+        draws_U = self._expected_draws(ids_U) if self.config.log_q else None
+        return Sampled(
+            torch.from_numpy(ids_U),
+            PerTokenNegatives(torch.from_numpy(index_TK), torch.from_numpy(positive_T), draws_U),
+        )
 
-    def _shared(self, generator: np.random.Generator, positive_ids_T: np.ndarray) -> Negatives:
-        pool = np.zeros(0, dtype=np.int64)
-        if self.config.negatives != "in_batch":
-            pool = self.distribution.draw(generator, self.config.num_negatives, np.int64)
-            if self.config.uniform_negatives:
-                uniform = generator.integers(0, self.num_items, self.config.uniform_negatives, dtype=np.int64)
-                pool = np.concatenate([pool, uniform])
-        negatives = Negatives(torch.from_numpy(pool))
+    def draw_pool(self, generator: np.random.Generator, step: int) -> np.ndarray:
+        """Draws the candidates that all positions share, int64; none for in_batch."""
+        if self.config.negatives == "in_batch":
+            return np.zeros(0, dtype=np.int64)
+        pool = self.distribution.draw(generator, self.config.num_negatives, np.int64)
+        if not self.config.uniform_negatives:
+            return pool
+        uniform = generator.integers(0, self.num_items, self.config.uniform_negatives, dtype=np.int64)
+        return np.concatenate([pool, uniform])
+
+    def _shared(self, generator: np.random.Generator, positive_ids_T: np.ndarray, step: int) -> Sampled:
+        ids_U, in_batch = self.draw_pool(generator, step), None
+        ids_P = ids_U
         if self.config.negatives != "shared":
-            index_N = np.unique(positive_ids_T, return_index=True)[1]
-            distinct, most = len(index_N), self.config.max_in_batch
-            if most is not None and distinct > most:
-                index_N = np.sort(generator.choice(index_N, most, replace=False))
-                negatives.in_batch_kept = most / distinct
-            negatives.in_batch_index_N = torch.from_numpy(index_N)
-        return negatives
+            in_batch = self._in_batch(generator, positive_ids_T)
+            ids_P = np.concatenate([ids_U, positive_ids_T[in_batch.index_N.numpy()]])
+        if not self.config.log_q:
+            return Sampled(torch.from_numpy(ids_U), SharedNegatives(in_batch))
+        if in_batch is not None:
+            assert self.positives is not None
+            shares_P = torch.from_numpy(self.positives.probability(ids_P)).float()
+            in_batch = replace(in_batch, item_share_P=shares_P)
+        return Sampled(torch.from_numpy(ids_U), SharedNegatives(in_batch, self._expected_draws(ids_P)))
 
-    def _weigh(self, negatives: Negatives, positive_ids_T: np.ndarray) -> None:
-        """Fills in what the logQ correction needs to know of every candidate."""
-        ids_P = negatives.ids_U.numpy()
-        if negatives.in_batch_index_N is not None:
-            ids_P = np.concatenate([ids_P, positive_ids_T[negatives.in_batch_index_N.numpy()]])
+    def _in_batch(self, generator: np.random.Generator, positive_ids_T: np.ndarray) -> InBatchItems:
+        index_N = np.unique(positive_ids_T, return_index=True)[1]
+        distinct, most = len(index_N), self.config.max_in_batch
+        if most is None or distinct <= most:
+            return InBatchItems(torch.from_numpy(index_N))
+        index_N = np.sort(generator.choice(index_N, most, replace=False))
+        return InBatchItems(torch.from_numpy(index_N), most / distinct)
+
+    def _expected_draws(self, ids_P: np.ndarray) -> Tensor:
+        """What the logQ correction needs to know of every candidate: how often it is drawn on average."""
         drawn = 0 if self.config.negatives == "in_batch" else self.config.num_negatives
         draws_P = drawn * self.distribution.probability(ids_P) + self.config.uniform_negatives / self.num_items
-        negatives.expected_draws_P = torch.from_numpy(draws_P).float()
-        if self.positives is not None:
-            negatives.item_share_P = torch.from_numpy(self.positives.probability(ids_P)).float()
+        return torch.from_numpy(draws_P).float()
 
 
 def training_frequency(
@@ -144,7 +183,9 @@ def _weighs_in_batch(config: LossConfig) -> bool:
     return config.log_q and config.negatives in ("in_batch", "mixed")
 
 
-def _unique(drawn_TK: np.ndarray, positive_ids_T: np.ndarray, num_items: int) -> Negatives:
+def _unique(
+    drawn_TK: np.ndarray, positive_ids_T: np.ndarray, num_items: int
+) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Unique ids in ascending order, and where each drawn id and each positive stands among them."""
     if num_items <= MARKED_ITEMS * drawn_TK.size:
         row_of_item = np.full(num_items, -1, dtype=np.int32)
@@ -159,6 +200,4 @@ def _unique(drawn_TK: np.ndarray, positive_ids_T: np.ndarray, num_items: int) ->
         near_T = np.searchsorted(ids_U, positive_ids_T).clip(max=max(len(ids_U) - 1, 0))
         found_T = ids_U[near_T] == positive_ids_T if len(ids_U) else np.zeros(len(positive_ids_T), dtype=bool)
         positive_T = np.where(found_T, near_T, -1)
-    return Negatives(
-        torch.from_numpy(ids_U.astype(np.int64)), torch.from_numpy(index_TK), torch.from_numpy(positive_T)
-    )
+    return ids_U.astype(np.int64), index_TK, positive_T

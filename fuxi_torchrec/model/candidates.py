@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fuxi_torchrec.data.batch import EVENTS, NEGATIVES, SequenceBatch
+from fuxi_torchrec.data.negative_sampler import SharedNegatives
 from fuxi_torchrec.distributed.all_gather import gather_rows, gather_values
 from fuxi_torchrec.ops.sampled_softmax.common import MASKED_LOGIT
 
@@ -41,7 +42,7 @@ class RankShare(NamedTuple):
 
 
 def shared_candidates(
-    pool_PD: Tensor, positives_TD: Tensor, batch: SequenceBatch, log_q: bool, cross_rank: bool
+    pool_PD: Tensor, positives_TD: Tensor, batch: SequenceBatch, negatives: SharedNegatives, cross_rank: bool
 ) -> Candidates:
     """The pool and the in-batch items of this rank, or with cross_rank of all ranks, in their order.
 
@@ -51,28 +52,27 @@ def shared_candidates(
     Args:
         pool_PD: L2-normalised embeddings of the batch's pool; [0, D] where there is none.
         positives_TD: L2-normalised embeddings of the positions' positives.
+        negatives: the batch's; logits are weighed by logQ where it has expected draws.
     """
     ids_P, embeddings_PD = batch.ids[NEGATIVES].values(), pool_PD
-    share = RankShare(ids_P.numel(), 0, batch.num_positions, batch.in_batch_kept)
-    in_batch_N = batch.in_batch_index_N
-    if in_batch_N is not None:
+    share, in_batch = RankShare(ids_P.numel(), 0, batch.num_positions, 1.0), negatives.in_batch
+    if in_batch is not None:
         positive_ids_T = batch.ids[EVENTS].values()[batch.input_index_T + 1]
-        ids_P = torch.cat([ids_P, positive_ids_T[in_batch_N]])
-        embeddings_PD = torch.cat([pool_PD, positives_TD.index_select(0, in_batch_N)])
-        share = share._replace(in_batch=in_batch_N.numel())
-    shares, draws_P, item_share_P, bias_P = [share], batch.expected_draws_P, batch.item_share_P, None
-    here = 0
+        ids_P = torch.cat([ids_P, positive_ids_T[in_batch.index_N]])
+        embeddings_PD = torch.cat([pool_PD, positives_TD.index_select(0, in_batch.index_N)])
+        share = share._replace(in_batch=in_batch.index_N.numel(), kept=in_batch.kept)
+    shares, draws_P, here, bias_P = [share], negatives.expected_draws_P, 0, None
+    item_share_P = None if in_batch is None else in_batch.item_share_P
     if cross_rank and dist.is_initialized() and dist.get_world_size() > 1:
         here = dist.get_rank()
-        shares = _all_shares(share, in_batch_N is not None, ids_P.device)
+        shares = _all_shares(share, in_batch is not None, ids_P.device)
         counts = [s.pool + s.in_batch for s in shares]
         embeddings_PD, ids_P = gather_rows(embeddings_PD, counts), gather_values(ids_P, counts)
-        if log_q:
-            draws_P = gather_values(draws_P, counts)
-            item_share_P = gather_values(item_share_P, counts) if item_share_P is not None else None
-    if log_q:
+        draws_P = gather_values(draws_P, counts) if draws_P is not None else None
+        item_share_P = gather_values(item_share_P, counts) if item_share_P is not None else None
+    if draws_P is not None:
         bias_P = -expected_count(draws_P, item_share_P, shares, here).log()
-    if in_batch_N is not None and len(shares) > 1:
+    if in_batch is not None and len(shares) > 1:
         bias_P = torch.zeros_like(ids_P, dtype=torch.float32) if bias_P is None else bias_P
         bias_P = bias_P.masked_fill(_repeated_in_batch(ids_P, shares), MASKED_LOGIT)
     return Candidates(embeddings_PD, ids_P, bias_P)
@@ -90,7 +90,7 @@ def expected_count(
     heuristic of multiple importance sampling, Veach and Guibas 1995).
 
     Args:
-        draws_P, item_share_P: see negatives.Negatives.
+        draws_P, item_share_P: see `negative_sampler.SharedNegatives` and `InBatchItems`.
         shares: every rank's; here: which is this one's.
 
     Returns:

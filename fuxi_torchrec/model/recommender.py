@@ -13,6 +13,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from fuxi_torchrec.config import Config, LossConfig
 from fuxi_torchrec.data.batch import EVENTS, NEGATIVES, SequenceBatch
+from fuxi_torchrec.data.negative_sampler import Negatives, PerTokenNegatives
 from fuxi_torchrec.encoders import build_encoder
 from fuxi_torchrec.model.candidates import HistoryMask, shared_candidates
 from fuxi_torchrec.model.table_init import init_rows
@@ -58,24 +59,26 @@ class Tower(nn.Module):
             events_ED, negatives_UD = embeddings[EVENTS].values(), embeddings[NEGATIVES].values()
         with stage("encoder forward"):
             outputs_TD = self.encode(events_ED, batch)
-        if not batch.has_negatives:
+        if batch.negatives is None:
             return outputs_TD[batch.offsets_B1[1:] - 1]
         with stage("loss"):
-            return self._loss(outputs_TD, events_ED, negatives_UD, batch)
+            return self._loss(outputs_TD, events_ED, negatives_UD, batch, batch.negatives)
 
-    def _loss(self, outputs_TD: Tensor, events_ED: Tensor, negatives_UD: Tensor, batch: SequenceBatch) -> Tensor:
+    def _loss(
+        self, outputs_TD: Tensor, events_ED: Tensor, negatives_UD: Tensor, batch: SequenceBatch, negatives: Negatives
+    ) -> Tensor:
         """The summed sampled softmax of all positions."""
         positives_TD = l2_normalize(events_ED.index_select(0, batch.input_index_T + 1), self.config.l2_eps)
         candidates_UD = l2_normalize(negatives_UD, self.config.l2_eps)
-        temperature = self.config.temperature
-        if batch.negative_index_TK is not None:
-            index_TK, positive_T, draws_U = batch.negative_index_TK, batch.positive_index_T, batch.expected_draws_P
-            bias_U = None if draws_U is None else -draws_U.log()
+        config, temperature = self.config, self.config.temperature
+        if isinstance(negatives, PerTokenNegatives):
+            bias_U = None if negatives.expected_draws_U is None else -negatives.expected_draws_U.log()
+            rows = (negatives.index_TK, negatives.positive_index_T)
             return per_token_sampled_softmax(
-                outputs_TD, positives_TD, candidates_UD, index_TK, positive_T, temperature, bias_U, self.config.chunk_logits
+                outputs_TD, positives_TD, candidates_UD, *rows, temperature, bias_U, config.chunk_logits
             )
-        config, item_ids_E = self.config, batch.ids[EVENTS].values()
-        shown = shared_candidates(candidates_UD, positives_TD, batch, config.log_q, config.cross_rank)
+        item_ids_E = batch.ids[EVENTS].values()
+        shown = shared_candidates(candidates_UD, positives_TD, batch, negatives, config.cross_rank)
         mask = HistoryMask(item_ids_E, batch.host_lengths, shown.ids_P) if config.mask_history else None
         positive_ids_T = item_ids_E[batch.input_index_T + 1]
         pool = (shown.embeddings_PD, shown.ids_P)

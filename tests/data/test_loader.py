@@ -13,7 +13,7 @@ from fuxi_torchrec.data.batch import EVENTS, NEGATIVES
 from fuxi_torchrec.data.batch_sampler import even_order
 from fuxi_torchrec.data.dataset import SequenceDataset
 from fuxi_torchrec.data.loader import Position, TrainingStream, evaluation_batches, positions_after
-from fuxi_torchrec.data.negative_sampler import NegativeSampler
+from fuxi_torchrec.data.negative_sampler import NegativeSampler, SharedNegatives
 from fuxi_torchrec.data.prefetch import prefetch
 from fuxi_torchrec.data.splits import windows
 from tests.conftest import write_events
@@ -37,7 +37,7 @@ def uneven_dataset(tmp_path_factory):
 
 
 def contents(batch):
-    tensors = (batch.ids.values(), batch.ids.lengths(), batch.timestamps_E, batch.negative_index_TK)
+    tensors = (batch.ids.values(), batch.ids.lengths(), batch.timestamps_E, batch.negatives.index_TK)
     return [tensor.tolist() for tensor in tensors] + [batch.user_ids_B.tolist()]
 
 
@@ -156,10 +156,11 @@ def test_a_batch_holds_inputs_and_targets_one_behind(small_dataset):
     # Drawn ids come back from the unique ones; the index of the positive points at the positive.
     unique = batch.ids[NEGATIVES].values()
     assert unique.unique().numel() == unique.numel()
-    assert batch.negative_index_TK.shape == (batch.num_positions, 5)
+    assert batch.negatives.index_TK.shape == (batch.num_positions, 5)
     positives = events.values()[batch.input_index_T + 1]
-    has = batch.positive_index_T >= 0
-    assert torch.equal(unique[batch.positive_index_T[has]], positives[has])
+    positive_index_T = batch.negatives.positive_index_T
+    has = positive_index_T >= 0
+    assert torch.equal(unique[positive_index_T[has]], positives[has])
     assert not torch.isin(positives[~has], unique).any()
 
 
@@ -174,7 +175,7 @@ def test_a_token_budget_bounds_batches_and_loses_nobody(small_dataset):
 def test_a_rank_without_data_makes_an_empty_batch(small_dataset):
     batch = stream(small_dataset).empty_batch(Position(step=7))
     assert batch.num_positions == 0 and batch.ids[EVENTS].values().numel() == 0
-    assert batch.position.step == 8 and batch.has_negatives
+    assert batch.position.step == 8 and batch.negatives is not None
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
@@ -183,7 +184,7 @@ def test_evaluation_drops_nobody(small_dataset, world_size):
     seen = Counter()
     for rank in range(world_size):
         for batch in evaluation_batches(dataset, DataConfig(), "test", 7, rank, world_size):
-            assert not batch.has_negatives
+            assert batch.negatives is None
             seen.update(batch.user_ids_B.tolist())
     assert set(seen.values()) == {1}
     assert len(seen) == dataset.identity.num_users - dataset.identity.report["single_event_users"]
@@ -192,7 +193,7 @@ def test_evaluation_drops_nobody(small_dataset, world_size):
 def test_shared_pool_is_one_draw_for_the_step(small_dataset):
     batch = next(stream(small_dataset, negatives="shared").epoch(Position()))
     assert batch.ids[NEGATIVES].values().numel() == 5
-    assert batch.negative_index_TK is None and batch.has_negatives
+    assert isinstance(batch.negatives, SharedNegatives)
 
 
 def test_both_ways_to_find_unique_ids_agree(small_dataset, monkeypatch):

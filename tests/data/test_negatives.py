@@ -12,7 +12,7 @@ from fuxi_torchrec.config.rules import check
 from fuxi_torchrec.data.batch import EVENTS, NEGATIVES, collate
 from fuxi_torchrec.data.dataset import UserRows
 from fuxi_torchrec.data.item_distribution import AliasTable, ItemDistribution
-from fuxi_torchrec.data.negative_sampler import NegativeSampler
+from fuxi_torchrec.data.negative_sampler import InBatchItems, NegativeSampler
 from fuxi_torchrec.data.splits import Windows
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.model.candidates import (
@@ -86,9 +86,10 @@ def test_draws_are_a_function_of_seed_rank_and_step(kind):
     positives = np.random.default_rng(0).integers(0, V, 40)
 
     def drawn(seed, rank, step):
-        negatives = NegativeSampler(config, V, seed, rank, FREQUENCY_V).sample(positives, step)
-        tensors = (negatives.ids_U, negatives.index_TK, negatives.in_batch_index_N)
-        return [None if tensor is None else tensor.tolist() for tensor in tensors]
+        ids_U, negatives = NegativeSampler(config, V, seed, rank, FREQUENCY_V).sample(positives, step)
+        if kind == "per_token":
+            return ids_U.tolist(), negatives.index_TK.tolist()
+        return ids_U.tolist(), negatives.in_batch and negatives.in_batch.index_N.tolist()
 
     assert drawn(1, 0, 5) == drawn(1, 0, 5)
     for other in ((2, 0, 5), (1, 1, 5), (1, 0, 6)):
@@ -98,10 +99,10 @@ def test_draws_are_a_function_of_seed_rank_and_step(kind):
 def test_in_batch_items_are_the_distinct_positives_and_are_not_looked_up_twice():
     batch = users_batch([4, 9, 2], LossConfig(negatives="in_batch"))
     positives = batch.ids[EVENTS].values()[batch.input_index_T + 1]
-    assert positives[batch.in_batch_index_N].tolist() == positives.unique().tolist()
-    assert batch.ids[NEGATIVES].values().numel() == 0 and batch.has_negatives
-    few = users_batch([4, 9, 2], LossConfig(negatives="in_batch", max_in_batch=3))
-    assert few.in_batch_index_N.numel() == 3 and few.in_batch_kept == 3 / positives.unique().numel()
+    assert positives[batch.negatives.in_batch.index_N].tolist() == positives.unique().tolist()
+    assert batch.ids[NEGATIVES].values().numel() == 0
+    few = users_batch([4, 9, 2], LossConfig(negatives="in_batch", max_in_batch=3)).negatives.in_batch
+    assert few.index_N.numel() == 3 and few.kept == 3 / positives.unique().numel()
 
 
 @pytest.mark.parametrize(
@@ -147,7 +148,7 @@ def test_collisions_and_history_leave_no_trace(kind, mask_history):
         unit_V = l2_normalize(model.embeddings.embeddings["item"].weight)
         positives = events[batch.input_index_T + 1]
         pool = l2_normalize(embeddings[NEGATIVES].values())
-        shown = shared_candidates(pool, unit_V[positives], batch, log_q=True, cross_rank=False)
+        shown = shared_candidates(pool, unit_V[positives], batch, batch.negatives, cross_rank=False)
         histories = events.split(batch.ids[EVENTS].lengths().tolist())
         expected = 0.0
         for user, history in enumerate(histories):
@@ -204,10 +205,10 @@ def estimates(config, draws, others=60):
         drawn = [sampler.sample(ids, step) for sampler, ids in zip(samplers, positives)]
         own = torch.tensor([POSITIVE])
         if config.negatives == "per_token":
-            (negatives,) = drawn
+            ((ids_U, negatives),) = drawn
             index, where = negatives.index_TK[:1], negatives.positive_index_T[:1]
-            bias = -negatives.expected_draws_P.log() if config.log_q else None
-            loss = per_token_sampled_softmax(output, table[own], table[negatives.ids_U], index, where, TAU, bias)
+            bias = -negatives.expected_draws_U.log() if config.log_q else None
+            loss = per_token_sampled_softmax(output, table[own], table[ids_U], index, where, TAU, bias)
         else:
             ids, bias = candidates_of(positives, drawn, config.log_q)
             loss = shared_sampled_softmax(output, table[own], table[ids], ids, own, TAU, bias)
@@ -221,15 +222,16 @@ def estimates(config, draws, others=60):
 def candidates_of(positives, drawn, log_q):
     """The first rank's candidates and their bias, as candidates.shared_candidates gathers them from all ranks."""
     ids, shares = [], []
-    for of_rank, negatives in zip(positives, drawn):
-        index_N = negatives.in_batch_index_N if negatives.in_batch_index_N is not None else slice(0, 0)
-        in_batch = torch.from_numpy(of_rank)[index_N]
-        ids += [negatives.ids_U, in_batch]
-        shares.append(RankShare(len(negatives.ids_U), len(in_batch), len(of_rank), negatives.in_batch_kept))
+    for of_rank, (ids_U, negatives) in zip(positives, drawn):
+        offered = negatives.in_batch or InBatchItems(torch.empty(0, dtype=torch.int64))
+        in_batch = torch.from_numpy(of_rank)[offered.index_N]
+        ids += [ids_U, in_batch]
+        shares.append(RankShare(len(ids_U), len(in_batch), len(of_rank), offered.kept))
     ids, bias = torch.cat(ids), torch.zeros(sum(map(len, ids)))
     if log_q:
-        share_P = None if drawn[0].item_share_P is None else torch.cat([each.item_share_P for each in drawn])
-        bias = -expected_count(torch.cat([each.expected_draws_P for each in drawn]), share_P, shares).log()
+        records = [negatives for _, negatives in drawn]
+        share_P = torch.cat([each.in_batch.item_share_P for each in records]) if records[0].in_batch else None
+        bias = -expected_count(torch.cat([each.expected_draws_P for each in records]), share_P, shares).log()
     return ids, bias.masked_fill(_repeated_in_batch(ids, shares), MASKED_LOGIT)
 
 

@@ -13,7 +13,7 @@ from fuxi_torchrec.config.rules import check
 from fuxi_torchrec.data.batch import collate
 from fuxi_torchrec.data.dataset import SequenceDataset, concatenate
 from fuxi_torchrec.data.item_counts import count_training_events
-from fuxi_torchrec.data.negative_sampler import Negatives, NegativeSampler, training_frequency
+from fuxi_torchrec.data.negative_sampler import NegativeSampler, PerTokenNegatives, Sampled, training_frequency
 from fuxi_torchrec.data.splits import windows
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.evaluation import full_ranking
@@ -56,7 +56,8 @@ class DrawnPerUser:
             for user, n in zip(self.users, self.lengths)
         ]
         drawn_TK = np.concatenate([np.zeros((0, self.count), np.int32), *drawn])
-        return Negatives(torch.arange(self.num_items), torch.from_numpy(drawn_TK), torch.from_numpy(positive_ids_T))
+        negatives = PerTokenNegatives(torch.from_numpy(drawn_TK), torch.from_numpy(positive_ids_T))
+        return Sampled(torch.arange(self.num_items), negatives)
 
 
 class CutPool(NegativeSampler):
@@ -70,14 +71,12 @@ class CutPool(NegativeSampler):
         assert config.loss.num_negatives == self.PIECES // world.size
         self.pieces = range(world.rank, self.PIECES, world.size)
 
-    def sample(self, positive_ids_T, step):
-        negatives = super().sample(positive_ids_T, step)
-        if self.config.negatives != "in_batch":
-            pool = [self.distribution.draw(np.random.default_rng([step, piece]), 1, np.int64) for piece in self.pieces]
-            negatives.ids_U = torch.from_numpy(np.concatenate(pool))
-        if self.config.log_q:
-            self._weigh(negatives, positive_ids_T)
-        return negatives
+    def draw_pool(self, generator, step):
+        own = super().draw_pool(generator, step)
+        if self.config.negatives == "in_batch":
+            return own
+        pool = [self.distribution.draw(np.random.default_rng([step, piece]), 1, np.int64) for piece in self.pieces]
+        return np.concatenate(pool)
 
 
 def loss_curve(world, config, output, steps, order=0):

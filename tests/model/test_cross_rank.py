@@ -73,13 +73,10 @@ class UnionSampler(NegativeSampler):
         )
         self.ranks = [NegativeSampler(one, V, 3, rank, FREQUENCY_V) for rank in range(2)]
 
-    def sample(self, positive_ids_T, step):
-        negatives = super().sample(positive_ids_T, step)
+    def draw_pool(self, generator, step):
+        super().draw_pool(generator, step)
         nothing = np.zeros(0, dtype=np.int64)  # pools are drawn first, so that positives make no difference to them
-        negatives.ids_U = torch.cat([rank.sample(nothing, step).ids_U for rank in self.ranks])
-        if self.config.log_q:
-            self._weigh(negatives, positive_ids_T)
-        return negatives
+        return torch.cat([rank.sample(nothing, step).ids_U for rank in self.ranks]).numpy()
 
 
 def step_of(config, batch, world):
