@@ -6,26 +6,24 @@
 
 A run is a folder, runs/reproduce/ml-1m/MODEL/seed-S. One that has its epochs is left alone, one that was cut off or is to
 have more epochs goes on from its checkpoint. What is kept of each goes to docs/results/ml-1m/, small files that can be
-committed. Several runs beside each other get one thread each, or an equal share of the cores.
+committed. The runs are a sweep of this machine (launch/sweep): its live table, logs/ and jobs.json lie in runs/reproduce/ml-1m;
+runs beside each other get an equal share of the cores.
 """
 
 import argparse
-import fcntl
 import json
 import os
 import re
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, Dict, List, Optional
 
 from fuxi_torchrec.config.parsing import load_config
 from fuxi_torchrec.data.format import read_identity
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.files import write_aside
-from fuxi_torchrec.run.folder import RunFolder
-from fuxi_torchrec.run.outcome import read_outcome
+from launch.place import Place
+from launch.sweep.plan import PlannedRun, SweepPlan
+from launch.sweep.runner import run_plan
 
 DATA_SETS = {"ml-1m": "ml-1m", "ml-100k": "ml-1m", "ml-20m": "ml-20m"}  # and the folder of its configs
 SPLITS = ("leave_one_out", "leave_two_out")
@@ -38,23 +36,6 @@ PUBLISHED = re.compile(r"(.+)-sampled-softmax-n128-(large-)?final\.yaml")
 FIRST = ("fuxi-beta", "fuxi-beta-no-temporal", "fuxi-beta-semantic", "fuxi-alpha", "hstu", "sasrec", "flash")
 # Configs of one model under two names; the first one's run stands for both.
 SAME = {"fuxi-beta-pow": "fuxi-beta", "fuxi-alpha-functional": "fuxi-beta-semantic"}
-
-
-@dataclass(frozen=True)
-class Job:
-    """A run that is to have `epochs` epochs, in `folder`."""
-
-    model: str
-    seed: int
-    config: str
-    epochs: int
-    folder: str
-    options: List[str]
-
-    def is_done(self) -> bool:
-        if (read_outcome(self.folder) or {}).get("status") != "finished":
-            return False
-        return RunFolder.open(self.folder).config().trainer.max_epochs >= self.epochs
 
 
 def configs_of(data: str) -> Dict[str, str]:
@@ -73,8 +54,8 @@ def configs_of(data: str) -> Dict[str, str]:
     return {model: found[model] for model in (*FIRST, *sorted(rest, key=lambda m: "large" in m)) if model in found}
 
 
-def plan(options: argparse.Namespace) -> List[Job]:
-    """The table's runs, in order. Raises UserError for an unknown model, and for data that is not prepared."""
+def plan(options: argparse.Namespace) -> SweepPlan:
+    """Plans the table's runs, in order. Raises UserError for an unknown model, and for data that is not prepared."""
     known = configs_of(options.data)
     if unknown := [model for model in options.models or [] if model not in known]:
         raise UserError(f"--models: {unknown[0]} is none of {', '.join(known)}")
@@ -86,16 +67,15 @@ def plan(options: argparse.Namespace) -> List[Job]:
             f"{path}: {options.data} is not prepared here; run 'fuxi-torchrec prepare movielens --source "
             f"{options.data}.zip --output {path}', or name its folder with --data-path"
         ) from None
-    jobs = []
+    runs = []
     for model in options.models or [model for model in known if model not in SAME]:
-        base = load_config(known[model])
-        epochs = options.epochs or base.trainer.max_epochs
+        epochs = options.epochs or load_config(known[model]).trainer.max_epochs
         for seed in options.seeds or ([0, 1] if model == "fuxi-beta" else [0]):
-            folder = os.path.join(_runs(options), model, f"seed-{seed}")
             settings = {"data.path": path, "data.split": options.split, "trainer.seed": seed, "trainer.max_epochs": epochs}
             words = [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
-            jobs.append(Job(model, seed, known[model], epochs, folder, words))
-    return jobs
+            about = {"model": model, "trainer.seed": seed}
+            runs.append(PlannedRun(f"{model}/seed-{seed}", about, known[model], words, least_epochs=epochs))
+    return SweepPlan(runs, runs_folder="")
 
 
 def _runs(options: argparse.Namespace) -> str:
@@ -103,37 +83,11 @@ def _runs(options: argparse.Namespace) -> str:
     return os.path.join(options.runs, name)
 
 
-def train(job: Job, threads: int) -> int:
-    """Runs a job by the command that a user would type; its output goes to train.log in its folder. The exit code."""
-    command = [sys.executable, "-m", "fuxi_torchrec", "train", job.config, *job.options, "--output", job.folder, "--resume"]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    os.makedirs(job.folder, exist_ok=True)
-    with open(os.path.join(job.folder, "train.log"), "a") as log:
-        try:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # two processes in one folder would spoil it
-        except OSError:
-            raise UserError(f"{job.folder}: another reproduction is training this run") from None
-        return subprocess.run(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment).returncode
-
-
-def run_all(jobs: List[Job], beside: int) -> bool:
-    """Trains what is not done, `beside` runs at a time; whether all went well."""
-    left = [job for job in jobs if not job.is_done()]
-    for job in jobs:
-        if job not in left:
-            print(f"{job.folder}: done already", flush=True)
-    beside = max(1, min(beside, len(left)))
-    threads = max(1, (os.cpu_count() or 1) // beside)
-
-    def one(job: Job) -> int:
-        print(f"{job.folder}: {job.epochs} epochs of {job.config}", flush=True)
-        code = train(job, threads)
-        log = os.path.join(job.folder, "train.log")
-        print(f"{job.folder}: {'finished' if code == 0 else f'failed with code {code}, see {log}'}", flush=True)
-        return code
-
-    with ThreadPoolExecutor(beside) as pool:
-        return not any(list(pool.map(one, left)))
+def run_all(options: argparse.Namespace) -> int:
+    """Runs what is not done, as a sweep of this machine; returns the sweep's exit code."""
+    planned = plan(options)
+    beside = max(1, min(options.jobs, len(planned.runs)))
+    return run_plan(planned, _runs(options), Place(), "local_cwd", "", beside, retry_failed=True).code
 
 
 def write_page(options: argparse.Namespace) -> str:
@@ -146,7 +100,7 @@ def write_page(options: argparse.Namespace) -> str:
     known = {record.name: record for record in read_records(folder)}
     for split in SPLITS:
         runs = _runs(argparse.Namespace(**{**vars(options), "split": split}))
-        for model in sorted(os.listdir(runs)) if os.path.isdir(runs) else []:
+        for model in (name for name in sorted(configs_of(options.data)) if os.path.isdir(os.path.join(runs, name))):
             for seed in sorted(os.listdir(os.path.join(runs, model))):
                 suffix = "" if split == "leave_one_out" else f"{split.replace('_', '-')}-"
                 record = record_of(os.path.join(runs, model, seed), model, known.get(f"{model}-{suffix}{seed}"))
@@ -207,15 +161,16 @@ def parse(arguments: Optional[List[str]] = None) -> argparse.Namespace:
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
-    """Exit codes: 0 every run finished, 1 some failed, 2 a mistake (one line)."""
+    """Exit codes: 0 every run finished, 1 some failed, 2 a mistake (one line), 130 or 143 stopped."""
     options = parse(arguments)
     try:
-        finished = options.page_only or run_all(plan(options), options.jobs)
-        print(f"written to {write_page(options)}")
+        code = 0 if options.page_only else run_all(options)
+        if code <= 1:
+            print(f"written to {write_page(options)}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0 if finished else 1
+    return code
 
 
 if __name__ == "__main__":

@@ -77,8 +77,8 @@ def write_report(studies: List[Study], source: str, folder: str) -> str:
 
     try:
         os.makedirs(folder, exist_ok=True)
-        plots = plots.draw_all(studies, folder)
-        text = report.report(studies, plots, source)
+        drawn = plots.draw_all(studies, folder)
+        text = report.report(studies, drawn, source)
         rows = [row for study in studies for row in study.rows]
         names = list(dict.fromkeys(name for row in rows for name in row if name not in PLACES))
         with open(os.path.join(folder, "points.csv"), "w", newline="", encoding="utf-8") as file:
@@ -87,7 +87,7 @@ def write_report(studies: List[Study], source: str, folder: str) -> str:
             writer.writerows(rows)
         write_aside(os.path.join(folder, "fits.json"), json.dumps(_fits(studies), indent=2) + "\n")
         write_aside(os.path.join(folder, "report.md"), text)
-        plots.to_tensorboard(plots, folder, text)
+        plots.to_tensorboard(drawn, folder, text)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror}); name another --output") from None
     return os.path.join(folder, "report.md")

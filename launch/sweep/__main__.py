@@ -1,223 +1,14 @@
-"""Runs a sweep: `python -m launch.sweep SWEEP.yaml`, on this machine or on any of TorchX's schedulers. See docs/sweeps.md.
+"""Runs a sweep: `python -m launch.sweep SWEEP.yaml`, on this machine or on any of TorchX's schedulers. See docs/sweeps.md."""
 
-What has been done is read from the runs' own folders, so the same command goes on after the sweep was killed: a finished
-run is never repeated, one that was cut off resumes from its checkpoint.
-"""
-
-import fcntl
-import json
-import logging
 import os
 import sys
-import time
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Callable, Dict, Iterator, List, Optional
+from dataclasses import fields
+from typing import Any, List, Optional
 
 from fuxi_torchrec.errors import UserError
-from fuxi_torchrec.files import write_aside
-from fuxi_torchrec.run.outcome import OUTCOME_FILE, read_outcome
-from launch import jobs
 from launch.place import Place
-from launch.sweep.orphans import MARK, stop_orphans
-from launch.sweep.plan import SweepPlan, read_plan
-from launch.sweep.table import live_view, result_row, write_results
-
-JOBS_FILE, LOCK_FILE = "jobs.json", "lock"
-LOCAL = ("local_cwd",)
-POLL_SECONDS = {True: 0.5, False: 5.0}  # local, elsewhere
-OVER = ("finished", "failed")
-
-
-@dataclass
-class Job:
-    """How far a run has come: status is waiting, running, finished or failed; handle is TorchX's, of the last attempt."""
-
-    status: str = "waiting"
-    reason: str = ""
-    handle: str = ""
-    attempts: int = 0
-
-
-class Sweep:
-    """A sweep in its folder: jobs.json (what was submitted), runs/NAME (run folders), logs/, results.parquet and .csv.
-
-    Args:
-        plan: what is to be run.
-        folder: the sweep's.
-        place: where a run goes and on how much.
-        scheduler, cfg: TorchX's.
-        concurrency: most runs at a time.
-        runner: a torchx Runner.
-    """
-
-    def __init__(self, plan: SweepPlan, folder: str, place: Place, scheduler: str, cfg: Dict[str, Any],
-                 concurrency: int, runner: Any):  # fmt: skip
-        self.plan, self.folder, self.place, self.runner = plan, os.path.abspath(folder), place, runner
-        self.scheduler, self.cfg, self.concurrency = scheduler, cfg, concurrency
-        self.is_local = scheduler in LOCAL
-        if self.is_local:
-            self.cfg = {"log_dir": os.path.join(self.folder, "logs"), **cfg}
-        self.runs = {run.name: run for run in plan.runs}
-        self.jobs = {name: Job(**job) for name, job in self._read_jobs().items() if name in self.runs}
-        self.jobs = {name: self.jobs.get(name, Job()) for name in self.runs}
-        self.slots: Dict[str, int] = {}  # of running jobs, 0 … concurrency − 1
-        self.results: Dict[str, Dict[str, Any]] = {}  # of runs that are over
-        self.news: List[str] = []
-
-    def run(self, retry_failed: bool, show: Callable[[Optional[str]], None]) -> bool:
-        """Runs what is left; whether every run has finished."""
-        self._take_up(retry_failed)
-        while True:
-            for name in self._with("running"):
-                self._look_at(name)
-            for name in self._with("waiting")[: self.concurrency - len(self._with("running"))]:
-                self._submit(name)
-            self._tell(show)
-            if not self._with("running", "waiting"):
-                return not self._with("failed")
-            time.sleep(POLL_SECONDS[self.is_local])
-
-    def rows(self) -> List[Dict[str, Any]]:
-        """The results table, a row a run, in the sweep's order."""
-        rows = []
-        for name, job in self.jobs.items():
-            about = {"run": name, "status": job.status, "reason": job.reason, "attempts": job.attempts}
-            about.update(self.runs[name].varied)
-            rows.append({**about, **self.results.get(name, {}), "folder": self.path(name), "handle": job.handle})
-        return rows
-
-    def path(self, name: str) -> str:
-        return os.path.join(self.folder, "runs", name)
-
-    def put_back(self) -> None:
-        """Runs of this machine that ended with the sweep itself are waiting again, not failed."""
-        for name in self._with("running") if self.is_local else []:
-            self.jobs[name].status = "waiting"
-        self._save()
-
-    def _take_up(self, retry_failed: bool) -> None:
-        """Finds out how far each run has come, whoever ran it."""
-        for name, job in self.jobs.items():
-            outcome = read_outcome(self.path(name)) or {}
-            if job.status == "running" and not job.handle.startswith(LOCAL):
-                self._look_at(name)  # still there on its scheduler, or ended meanwhile
-            elif outcome.get("status") == "finished":
-                self._settle(name, "finished")
-            elif job.status != "failed" or retry_failed:
-                job.status, job.reason = "waiting", ""
-            else:
-                self._settle(name, "failed", job.reason)
-        stop_orphans([self.path(name) for name in self._with("waiting")])
-        self._save()
-
-    def _submit(self, name: str) -> None:
-        job, run = self.jobs[name], self.runs[name]
-        try:
-            app = jobs.train(self.plan.config, run.overrides, self.path(name), True, self._place(name))
-        except UserError as error:  # such as a data set that is too small
-            return self._settle(name, "failed", str(error))
-        with suppress(FileNotFoundError):
-            os.remove(os.path.join(self.path(name), OUTCOME_FILE))  # an earlier attempt's
-        job.handle = self.runner.run(app, self.scheduler, self.cfg)
-        job.status, job.attempts = "running", job.attempts + 1
-        self.news.append(f"{name}: started, {job.handle}")
-        self._save()
-
-    def _place(self, name: str) -> Place:
-        """On this machine, runs beside each other get a share of the cores and GPUs of their own."""
-        environment = dict(self.place.env or {})
-        if not self.is_local:
-            return self.place
-        environment[MARK] = self.path(name)
-        taken = [self.slots[other] for other in self._with("running")]
-        slot = self.slots[name] = min(set(range(self.concurrency)) - set(taken))
-        gpus = self.place.resource.gpu
-        if gpus and "CUDA_VISIBLE_DEVICES" not in environment:
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(str(slot * gpus + gpu) for gpu in range(gpus))
-        cores = 0 if self.place.h else max(1, (os.cpu_count() or 1) // self.concurrency)
-        return replace(self.place, cpu=self.place.cpu or cores, env=environment)
-
-    def _look_at(self, name: str) -> None:
-        job = self.jobs[name]
-        status = self.runner.status(job.handle)
-        if status is not None and not status.is_terminal():
-            return
-        outcome = read_outcome(self.path(name)) or {}
-        if outcome.get("status") == "finished":
-            self._settle(name, "finished")
-        elif status is None:  # forgotten by its scheduler
-            job.status = "waiting"
-        else:
-            self._settle(name, "failed", outcome.get("reason") or _why(status))
-
-    def _settle(self, name: str, status: str, reason: str = "") -> None:
-        job = self.jobs[name]
-        job.status, job.reason = status, reason
-        self.results[name] = result_row(self.path(name))
-        self.news.append(f"{name}: {status}" + (f": {reason}" if reason else ""))
-        self._save()
-
-    def _with(self, *statuses: str) -> List[str]:
-        return [name for name, job in self.jobs.items() if job.status in statuses]
-
-    def _tell(self, show: Callable[[Optional[str]], None]) -> None:
-        if self.news:
-            write_results(self.folder, self.rows())
-        over = len(self._with(*OVER))
-        for news in self.news or [None]:
-            show(f"[{over}/{len(self.jobs)}] {news}" if news else None)
-        self.news.clear()
-
-    def _read_jobs(self) -> Dict[str, Any]:
-        try:
-            with open(os.path.join(self.folder, JOBS_FILE), encoding="utf-8") as file:
-                return json.load(file)
-        except FileNotFoundError:
-            return {}
-
-    def _save(self) -> None:
-        jobs_ = {name: asdict(job) for name, job in self.jobs.items()}
-        write_aside(os.path.join(self.folder, JOBS_FILE), json.dumps(jobs_, indent=1) + "\n")
-
-
-def _why(status: Any) -> str:
-    """The reason of an ended job that left none itself: what TorchX knows, and where to look."""
-    said = status.msg
-    with suppress(ValueError, TypeError, KeyError, AttributeError):
-        said = json.loads(status.structured_error_msg)["message"]
-        said = said["message"] if isinstance(said, dict) else said
-    words = " ".join(str(said).split()).replace("<NONE>", "")[:200]
-    where = f"; see {status.ui_url}" if status.ui_url else ""
-    return f"{status.state.name.lower()} without an outcome: {words or 'killed, or never started'}{where}"
-
-
-def prepare_missing(sweep: Sweep) -> None:
-    """Makes the sweep's data sets that are not there, one after the other, as jobs of the same scheduler."""
-    for folder, arguments in sweep.plan.prepare.items():
-        if os.path.exists(os.path.join(folder, "dataset.json")):
-            continue
-        print(f"{folder}: preparing", file=sys.stderr, flush=True)
-        app = jobs.prepare(arguments, replace(sweep.place, nnodes=1, nproc_per_node=1, gpu=0))
-        status = sweep.runner.wait(sweep.runner.run(app, sweep.scheduler, sweep.cfg), wait_interval=0.5)
-        if status is None or status.state.name != "SUCCEEDED":
-            raise UserError(f"prepare: {folder}: not made; see {sweep.cfg.get('log_dir', 'the logs of the job')}")
-
-
-@contextmanager
-def only_one(folder: str) -> Iterator[None]:
-    """Raises UserError where another process runs a sweep in this folder."""
-    try:
-        os.makedirs(folder, exist_ok=True)
-        lock = open(os.path.join(folder, LOCK_FILE), "a")
-    except OSError as error:
-        raise UserError(f"--output: {folder}: cannot be written ({error.strerror}); name another folder") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{folder}: another sweep is running in this folder; stop it, or name another --output") from None
-        yield
+from launch.sweep.plan import read_plan
+from launch.sweep.runner import Ended, run_plan
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
@@ -254,50 +45,23 @@ def _main(options: Any) -> int:
         return 0
     place = _place(options)
     folder = options.output or os.path.join("runs", os.path.splitext(os.path.basename(options.sweep))[0])
-    logging.getLogger("torchx").setLevel(logging.ERROR)  # its news are of every job; ours are enough
-    from torchx.runner import get_runner
-    from torchx.schedulers.local_scheduler import SignalException
-
-    with only_one(folder), get_runner() as runner:
-        cfg = _scheduler_options(runner, options.scheduler, options.cfg)
-        sweep = Sweep(plan, folder, place, options.scheduler, cfg, options.concurrency, runner)
-        try:
-            prepare_missing(sweep)
-            with live_view(sweep.rows, folder) as show:
-                finished = sweep.run(options.retry_failed, show)
-        except (KeyboardInterrupt, SignalException) as stopped:
-            sweep.put_back()
-            print("stopped; the same command goes on", file=sys.stderr)
-            return 128 + getattr(stopped, "sigval", 2)
-    return _report(sweep, finished)
+    ended = run_plan(plan, folder, place, options.scheduler, options.cfg, options.concurrency, options.retry_failed)
+    return ended.code if ended.code > 1 else _report(ended, folder)
 
 
 def _place(options: Any) -> Place:
-    from dataclasses import fields
-
     return Place(**{field.name: getattr(options, field.name) for field in fields(Place)})
 
 
-def _scheduler_options(runner: Any, scheduler: str, text: str) -> Dict[str, Any]:
-    known = runner.scheduler_backends()
-    if scheduler not in known:
-        raise UserError(f"--scheduler: {scheduler} is none of {', '.join(known)}")
-    names = {name for name, _ in runner.scheduler_run_opts(scheduler)}
-    for pair in filter(None, text.split(",")):
-        name = pair.split("=", 1)[0]
-        if name not in names and "=" in pair:
-            raise UserError(f"--cfg: {scheduler} has no option {name}; it has {', '.join(sorted(names))}")
-    return dict(runner.cfg_from_str(scheduler, text)) if text else {}
-
-
-def _report(sweep: Sweep, finished: bool) -> int:
-    failed = [(name, job) for name, job in sweep.jobs.items() if job.status == "failed"]
+def _report(ended: Ended, folder: str) -> int:
+    failed = [(name, job) for name, job in ended.jobs.items() if job.status == "failed"]
     for name, job in failed:
         print(f"failed: {name}: {job.reason}", file=sys.stderr)
-    print(f"{len(sweep.jobs) - len(failed)} of {len(sweep.jobs)} runs finished; results: {sweep.folder}/results.csv, .parquet")
+    finished = f"{len(ended.jobs) - len(failed)} of {len(ended.jobs)} runs finished"
+    print(f"{finished}; results: {os.path.abspath(folder)}/results.csv, .parquet")
     if failed:
         print("take the failed ones up again by --retry-failed", file=sys.stderr)
-    return 0 if finished else 1
+    return ended.code
 
 
 if __name__ == "__main__":

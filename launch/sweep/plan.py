@@ -17,7 +17,7 @@ import json
 import os
 import re
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Dict, Iterator, List
 
 import yaml
@@ -39,21 +39,31 @@ class PlannedRun:
     Attributes:
         name: its folder's: what varies, and a hash of everything.
         varied: the sweep's keys and values that tell it from the others.
+        config: YAML file that it starts from.
         overrides: command-line options on top of the config.
+        least_epochs: a finished run with a smaller trainer.max_epochs goes on; 0: finished is finished.
     """
 
     name: str
     varied: Dict[str, Any]
+    config: str
     overrides: List[str]
+    least_epochs: int = 0
 
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """A sweep's file, read and checked. prepare: folder of a data set -> arguments of 'fuxi-torchrec prepare'."""
+    """What is to be run.
 
-    config: str
+    Attributes:
+        runs: in their order.
+        prepare: folder of a data set that is made first where it is missing -> arguments of 'fuxi-torchrec prepare'.
+        runs_folder: where the run folders are, from the sweep's folder.
+    """
+
     runs: List[PlannedRun]
-    prepare: Dict[str, List[str]]
+    prepare: Dict[str, List[str]] = field(default_factory=dict)
+    runs_folder: str = "runs"
 
 
 def read_plan(path: str) -> SweepPlan:
@@ -80,8 +90,8 @@ def read_plan(path: str) -> SweepPlan:
             raise UserError(f"{path}: {json.dumps(combination, default=str)}: {error}") from None
         identity = json.dumps([base_values, settings], sort_keys=True, default=str)
         name = _name({key: combination[key] for key in varying if key in combination}, identity)
-        runs[name] = PlannedRun(name, combination, overrides)  # grids may overlap
-    return SweepPlan(base, list(runs.values()), _preparations(path, values))
+        runs[name] = PlannedRun(name, combination, base, overrides)  # grids may overlap
+    return SweepPlan(list(runs.values()), _preparations(path, values))
 
 
 def _read(path: str) -> Dict[str, Any]:

@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from fuxi_torchrec.cli import main as cli
+from fuxi_torchrec import cli
 from launch.scaling_law import __main__ as scaling_law
 from launch.scaling_law.fit import Cost, Law, fit, frontier
 from launch.sweep import __main__ as sweep
@@ -133,7 +133,7 @@ def test_a_tiny_sweep_end_to_end(tmp_path):
     plan = read_plan(path)
     for run in plan.runs:
         output = str(tmp_path / "out" / "runs" / run.name)
-        assert cli.main(["train", plan.config, "--output", output, *run.overrides]) == 0
+        assert cli.main(["train", run.config, "--output", output, *run.overrides]) == 0
     assert sweep.main([path, "--output", str(tmp_path / "out")]) == 0
     assert scaling_law.main([str(tmp_path / "out"), "--resamples", "5"]) == 0
     found = json.loads((tmp_path / "out" / "scaling-law" / "fits.json").read_text())["40 items"]

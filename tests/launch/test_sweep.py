@@ -13,7 +13,7 @@ import time
 import pyarrow.parquet as pq
 import pytest
 
-from fuxi_torchrec.cli import main as cli
+from fuxi_torchrec import cli
 from fuxi_torchrec.config.parsing import load_config
 from fuxi_torchrec.data.dataset import SequenceDataset
 from fuxi_torchrec.data.splits import windows
@@ -22,6 +22,7 @@ from fuxi_torchrec.run.outcome import read_outcome
 from launch.sweep import __main__ as sweep
 from launch.sweep.orphans import MARK, orphans, stop_orphans
 from launch.sweep.plan import read_plan
+from launch.sweep.runner import only_one
 from tests.helpers.command_line import ROOT, SMOKE
 from tests.helpers.sweeps import SMALL, write_sweep
 
@@ -76,7 +77,7 @@ def test_every_combination_of_the_grids_once(tmp_path):
     plan = read_plan(write_sweep(tmp_path, seeds=[0, 1], width_per_block=8, grid=grids))
     assert len(plan.runs) == 2 * 2 * 2 + 1
     biggest = next(run for run in plan.runs if run.varied.get("dial") == 3 and run.varied["model.channels"] is None)
-    config = load_config(plan.config, biggest.overrides)
+    config = load_config(biggest.config, biggest.overrides)
     assert (config.model.num_blocks, config.model.embedding_dim, config.model.value_dim) == (3, 24, 24)
     assert biggest.name.startswith("dial-3_channels-null_seed-0")
 
@@ -121,7 +122,7 @@ def test_a_wrong_type_and_a_wrong_scheduler_are_one_line(tmp_path, capsys):
 
 def test_one_sweep_at_a_time_in_a_folder(tmp_path, capsys):
     path = write_sweep(tmp_path, grid={"trainer.seed": 0})
-    with sweep.only_one(str(tmp_path / "out")):
+    with only_one(str(tmp_path / "out")):
         assert sweep.main([path, "--output", str(tmp_path / "out")]) == 2
     assert "another sweep is running" in capsys.readouterr().err
 
