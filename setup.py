@@ -25,7 +25,7 @@ setup(
     ],
     python_requires=">=3.10",
     packages=find_packages(include=["fuxi_torchrec*", "data_pipelines*", "launch*"]),
-    package_data={"fuxi_torchrec.ops.native.library": ["*.c", "*.h"]},
+    package_data={"fuxi_torchrec.ops.native": ["*.c", "*.h"]},
     entry_points={
         "console_scripts": ["fuxi-torchrec = fuxi_torchrec.cli:main"],
         # Not torchx.components: that would take TorchX's own components away. They are run from their file.
