@@ -79,10 +79,10 @@ class Slots:
 def row_tasks(lengths: Sequence[int], rows: int) -> Tensor:
     """int64 [tasks, 3] on the host: (user, first row, last row + 1), every user cut into runs of `rows` rows, those whose
     causal past is longest first."""
-    lengths_B = torch.as_tensor(lengths, dtype=torch.int64)
+    lengths_B = torch.as_tensor(lengths, dtype=torch.int64, device="cpu")
     pieces_B = (lengths_B + rows - 1) // rows
-    user_K = torch.arange(len(lengths_B)).repeat_interleave(pieces_B)
-    first_K = (torch.arange(len(user_K)) - (pieces_B.cumsum(0) - pieces_B)[user_K]) * rows
+    user_K = torch.arange(len(lengths_B), device="cpu").repeat_interleave(pieces_B)
+    first_K = (torch.arange(len(user_K), device="cpu") - (pieces_B.cumsum(0) - pieces_B)[user_K]) * rows
     last_K = torch.minimum(first_K + rows, lengths_B[user_K])
     order_K = torch.argsort(last_K, descending=True, stable=True)
     return torch.stack([user_K, first_K, last_K], 1)[order_K].contiguous()
@@ -110,7 +110,7 @@ class JaggedLayout:
     def from_lengths(cls, lengths: Sequence[int], device: Optional[torch.device] = None) -> "JaggedLayout":
         """From the users' lengths on the host."""
         host = torch.as_tensor(lengths, dtype=torch.int64, device="cpu")
-        offsets_B1 = torch.zeros(len(host) + 1, dtype=torch.int64)
+        offsets_B1 = torch.zeros(len(host) + 1, dtype=torch.int64, device="cpu")
         torch.cumsum(host, 0, out=offsets_B1[1:])
         longest = int(host.max()) if len(host) else 0
         return cls(offsets_B1.to(device or "cpu"), longest, int(offsets_B1[-1]), host.tolist())

@@ -8,13 +8,12 @@ import sys
 import pytest
 import torch
 
-from fuxi_torchrec.ops.jagged import JaggedLayout
 from fuxi_torchrec.ops.native import library as native
 from fuxi_torchrec.ops.row_wise import dispatch as row_wise
 from fuxi_torchrec.ops.row_wise.dispatch import l2_normalize
 from fuxi_torchrec.ops.sampled_softmax.dispatch import per_token_sampled_softmax
-from fuxi_torchrec.ops.token_mixing.dispatch import mix_tokens
 from fuxi_torchrec.ops.token_mixing.time_maps import TIME_MAPS
+from tests.helpers.closeness import assert_sums_close, rounding
 from tests.helpers.mixing import JAGGED, LENGTHS, assert_equals_reference, output_and_gradients
 
 needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C compiler here")
@@ -155,20 +154,9 @@ def test_what_is_not_finite_breaks_the_loss(place):
 @pytest.mark.usefixtures("kernels")
 def test_forms_that_no_kernel_knows_are_mixed_all_the_same():
     for form in TIME_MAPS:
-        assert_equals_reference([3, 7], ("positional", form), "auto", torch.float64)
-
-
-@needs_compiler
-def test_what_would_be_read_beyond_its_end_is_refused():
-    rows = [torch.randn(5, 4) for _ in range(3)]
-    for wrong in (5, -1):
-        index = torch.arange(5).repeat(5, 1)
-        index[2, 3] = wrong
-        with pytest.raises(IndexError, match="of 5 candidates"):
-            per_token_sampled_softmax(*rows, index, torch.full((5,), -1), 0.05)
-    layout = JaggedLayout.from_lengths([9])
-    with pytest.raises(AssertionError, match="3 lag weights for a sequence of 9"):
-        mix_tokens(torch.randn(9, 1, 4), layout, [("positional", [torch.randn(3)])], implementation="native")
+        kinds = [("auto", torch.float32), ("reference", torch.float32), ("sizes", torch.float64)]
+        actual, expected, sizes = (output_and_gradients([3, 7], ("positional", form), *kind) for kind in kinds)
+        assert_sums_close(actual, expected, sizes, 2 * rounding(torch.float32, 7 + 6))
 
 
 PROBE = "from fuxi_torchrec.ops.native import library as native; print(native.library() is not None)"

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Callable, Optional
+from typing import Callable, Optional, Union
 
 import torch
 from torch import Tensor
@@ -27,29 +27,32 @@ FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping
 LINK_FLAGS = ("-fopenmp", "-fPIC", "-shared")
 COMPILE_SECONDS = 120
 
-_KINDS = {"t": ctypes.c_void_p, "i": ctypes.c_int64, "u": ctypes.c_uint32, "s": ctypes.c_uint64, "f": ctypes.c_float}
+_TENSORS = {"F": torch.float32, "D": torch.float64, "L": torch.int64, "W": torch.int32}
+_NUMBERS = {"i": ctypes.c_int64, "u": ctypes.c_uint32, "s": ctypes.c_uint64, "f": ctypes.c_float}
 _SIGNATURES = {
-    "dropout_rows": "ttiiufs",
-    "input_rows": "ttttiifufs",
-    "rms_norm_rows": "tittt" + "iifufs",
-    "rms_norm_rows_backward": "ttitttt" + "iiufs",
-    "silu_rows": "ttii",
-    "silu_rows_backward": "titt" + "iiii",
-    "swiglu_rows": "ttii",
-    "swiglu_rows_backward": "tttii",
-    "unit_rows": "tttiif",
-    "unit_rows_backward": "ttttiif",
-    "sampled_softmax_tokens": "t" * 10 + "iiiffi",
-    "sampled_softmax_candidates": "tttt" + "iiiif",
-    "toeplitz_forward": "tittit" + "titititii",
-    "toeplitz_backward": "tittitttt" + "ititi" + "tii",
-    "mix_forward": "titttttt" + "iiiiiiii" + "fff",
-    "mix_backward": "titttttttt" + "t" + "iiiiiiii" + "fff",
+    "dropout_rows": "FFiiufs",
+    "input_rows": "FFLFiifufs",
+    "rms_norm_rows": "FiFFF" + "iifufs",
+    "rms_norm_rows_backward": "FFiFFFF" + "iiufs",
+    "silu_rows": "FFii",
+    "silu_rows_backward": "FiFF" + "iiii",
+    "swiglu_rows": "FFii",
+    "swiglu_rows_backward": "FFFii",
+    "unit_rows": "FFFiif",
+    "unit_rows_backward": "FFFFiif",
+    "sampled_softmax_tokens": "FFFWWFFFFF" + "iiiffi",
+    "sampled_softmax_candidates": "FWFF" + "iiiif",
+    "toeplitz_forward": "FiLFiL" + "FiLiLiFii",
+    "toeplitz_backward": "FiLFiLFiL" + "FFiLiLiFii",
+    "mix_forward": "FiLLLFFL" + "iiiiiiii" + "fff",
+    "mix_backward": "FiLLLFFFFDL" + "iiiiiiii" + "fff",
 }
-"""Arguments of each kernel: t a tensor or None, i int64, u uint32, s uint64, f float32. The number of threads is last."""
+"""Arguments of each kernel. Tensors (or None): F float32, D float64, L int64, W int32; i int64, u uint32, s uint64,
+f float32. The number of threads is last."""
 
 _log = logging.getLogger(__name__)
 _found = False
+_forked = False
 
 
 def usable(*tensors: Tensor) -> bool:
@@ -67,17 +70,49 @@ def takes(*tensors: Tensor) -> bool:
     return _found if torch.compiler.is_compiling() else library() is not None
 
 
-def call(name: str, *arguments) -> None:
-    """Runs a kernel on tensors (row-major as its source says; None for a null pointer), ints and floats."""
-    values = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
-    _function(name)(*values, torch.get_num_threads())
+def call(name: str, *arguments: Union[Tensor, int, float, None]) -> None:
+    """Runs a kernel on tensors (row-major as its source says; None for a null pointer), ints and floats.
+
+    The caller has checked sizes and indices: a kernel takes every address as it comes.
+
+    Raises:
+        TypeError: a wrong number of arguments, or a tensor of another type or device than the kernel's.
+        MemoryError: the kernel found none; its results are worth nothing.
+    """
+    kinds = _SIGNATURES[name]
+    if len(arguments) != len(kinds):
+        raise TypeError(f"{name} takes {len(kinds)} arguments, not {len(arguments)}")
+    values = [_address(name, x, kind) if kind in _TENSORS else x for x, kind in zip(arguments, kinds)]
+    if _function(name)(*values, _threads()):
+        raise MemoryError(f"the CPU kernel {name} found no memory for what it computes with")
+
+
+def _threads() -> int:
+    """One in a process that was forked: the threads that OpenMP would wait for are its parent's."""
+    return 1 if _forked else torch.get_num_threads()
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = True
+
+
+os.register_at_fork(after_in_child=_note_fork)
+
+
+def _address(name: str, x: Optional[Tensor], kind: str) -> Optional[int]:
+    if x is None:
+        return None
+    if x.dtype != _TENSORS[kind] or x.device.type != "cpu":
+        raise TypeError(f"{name} takes {_TENSORS[kind]} on the CPU, not {x.dtype} on {x.device.type}")
+    return x.data_ptr()
 
 
 @functools.cache
-def _function(name: str) -> Callable[..., None]:
+def _function(name: str) -> Callable[..., int]:
     function = getattr(library(), name)
-    function.argtypes = [_KINDS[kind] for kind in _SIGNATURES[name]] + [ctypes.c_int]
-    function.restype = None
+    kinds = [ctypes.c_void_p if kind in _TENSORS else _NUMBERS[kind] for kind in _SIGNATURES[name]]
+    function.argtypes, function.restype = [*kinds, ctypes.c_int], ctypes.c_int
     return function
 
 

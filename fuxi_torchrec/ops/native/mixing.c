@@ -106,10 +106,12 @@ static void store_channel(const Mixing *m, const float *tile, float *y, int64_t 
 }
 
 /* Rows first <= i < last of one user's outputs. `reversed` holds weight_N backwards, its lag 0 at reversed[longest - 1]. */
-static void forward_task(const Mixing *m, const float *v, int64_t ld, const float *reversed, int64_t longest, float *y,
+static int forward_task(const Mixing *m, const float *v, int64_t ld, const float *reversed, int64_t longest, float *y,
                          int64_t start, int64_t first, int64_t last) {
     int64_t E = m->H * m->d, P = UP16(E), width = UP16(last + ROWS);
     float *packed = floats(last * P), *maps = floats(ROWS * width), *logs = floats(width), *tile = floats(ROWS * P);
+    int status = packed && maps && logs && tile ? 0 : OUT_OF_MEMORY;
+    if (status) goto done;
     pack_rows(packed, v + start * ld, ld, last, E);
     for (int64_t i = first; i < last; i += ROWS) {
         const float *rows[ROWS];
@@ -132,12 +134,14 @@ static void forward_task(const Mixing *m, const float *v, int64_t ld, const floa
             store_channel(m, tile, out, count, m->positional);
         }
     }
+done:
     free(packed), free(maps), free(logs), free(tile);
+    return status;
 }
 
 /* What the columns first <= j < last of one user's maps give: grad_v of their rows, the sums over their entries of
 dA U and dA U L, and of dA along each lag. All row indices below count from `first`. */
-static void backward_task(const Mixing *m, const float *v, int64_t ld, const float *padded_weight, const float *grad,
+static int backward_task(const Mixing *m, const float *v, int64_t ld, const float *padded_weight, const float *grad,
                           float *grad_v, float *grad_weight, double *sums, int64_t start, int64_t n, int64_t first,
                           int64_t last) {
     int64_t E = m->H * m->d, P = UP16(E), rows = n - first, width = UP16(rows);
@@ -146,6 +150,8 @@ static void backward_task(const Mixing *m, const float *v, int64_t ld, const flo
     float *nothing = calloc((size_t)E, sizeof(float));
     const float *left[ROWS], *values[ROWS];
     int written = 0;
+    int status = packed && across && map_grad && maps && logs && tile && nothing ? 0 : OUT_OF_MEMORY;
+    if (status) goto done;
     for (int pass = 0; pass < 2; pass++) {
         int64_t channel = pass ? m->positional : m->temporal;
         if (channel < 0) continue;
@@ -192,28 +198,36 @@ static void backward_task(const Mixing *m, const float *v, int64_t ld, const flo
     }
     for (int64_t j = 0; j < last - first; j++)
         memcpy(grad_v + (start + first + j) * E, tile + j * P, (size_t)E * sizeof(float));
+done:
     free(packed), free(across), free(map_grad), free(maps), free(logs), free(tile), free(nothing);
+    return status;
 }
 
 /* tasks[k] = (user, first row, last row + 1), the longest first; y is [T, H, C, d]; v has rows at distance ld. */
-API void mix_forward(const float *v, int64_t ld, const int64_t *offsets, const int64_t *times,
+API mix_forward(const float *v, int64_t ld, const int64_t *offsets, const int64_t *times,
                      const int64_t *next_times, const float *weight_N, float *y, const int64_t *tasks, int64_t num_tasks,
                      int64_t longest, int64_t H, int64_t d, int64_t C, int64_t positional, int64_t temporal,
                      int64_t is_log, float a, float rate, float time_unit, int threads) {
     Mixing m = {offsets, times, next_times, weight_N, H, d, C, positional, temporal, a, rate, time_unit, (int32_t)is_log};
+    int status = 0;
     float *reversed = floats(longest + MARGIN);
+    if (!reversed) return OUT_OF_MEMORY;
     for (int64_t k = 0; k < longest; k++) reversed[k] = positional >= 0 ? weight_N[longest - 1 - k] : 0;
     for (int64_t k = longest; k < longest + MARGIN; k++) reversed[k] = 0;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
     for (int64_t k = 0; k < num_tasks; k++) {
         const int64_t *task = tasks + 3 * k;
-        forward_task(&m, v, ld, reversed, longest, y, offsets[task[0]], task[1], task[2]);
+        if (forward_task(&m, v, ld, reversed, longest, y, offsets[task[0]], task[1], task[2])) {
+#pragma omp atomic write
+            status = OUT_OF_MEMORY;
+        }
     }
     free(reversed);
+    return status;
 }
 
 /* grad_v is [T, E]; grad_weight [longest], sums [2] = (sum of dA U, sum of dA U L). */
-API void mix_backward(const float *v, int64_t ld, const int64_t *offsets, const int64_t *times,
+API mix_backward(const float *v, int64_t ld, const int64_t *offsets, const int64_t *times,
                       const int64_t *next_times, const float *weight_N, const float *grad, float *grad_v,
                       float *grad_weight, double *sums, const int64_t *tasks, int64_t num_tasks, int64_t longest,
                       int64_t H, int64_t d, int64_t C, int64_t positional, int64_t temporal, int64_t is_log, float a,
@@ -222,12 +236,18 @@ API void mix_backward(const float *v, int64_t ld, const int64_t *offsets, const 
     float *padded = calloc((size_t)(longest + 2 * MARGIN), sizeof(float));
     float *lag_parts = calloc((size_t)(num_tasks * longest + 1), sizeof(float));
     double *sum_parts = calloc((size_t)(num_tasks * 2 + 1), sizeof(double));
+    int status = padded && lag_parts && sum_parts ? 0 : OUT_OF_MEMORY;
+    if (status) goto done;
     if (positional >= 0) memcpy(padded + MARGIN, weight_N, (size_t)longest * sizeof(float));
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
     for (int64_t k = 0; k < num_tasks; k++) {
         const int64_t *task = tasks + 3 * k;
         int64_t start = offsets[task[0]], n = offsets[task[0] + 1] - start;
-        backward_task(&m, v, ld, padded, grad, grad_v, lag_parts + k * longest, sum_parts + 2 * k, start, n, task[1], task[2]);
+        if (backward_task(&m, v, ld, padded, grad, grad_v, lag_parts + k * longest, sum_parts + 2 * k, start, n, task[1],
+                          task[2])) {
+#pragma omp atomic write
+            status = OUT_OF_MEMORY;
+        }
     }
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t lag = 0; lag < longest; lag++) {
@@ -237,5 +257,7 @@ API void mix_backward(const float *v, int64_t ld, const int64_t *offsets, const 
     }
     sums[0] = sums[1] = 0;
     for (int64_t k = 0; k < num_tasks; k++) sums[0] += sum_parts[2 * k], sums[1] += sum_parts[2 * k + 1];
+done:
     free(padded), free(lag_parts), free(sum_parts);
+    return status;
 }

@@ -16,7 +16,7 @@ bits depend on seed, row and column alone, so backward makes the same mask again
     uint32_t low = (uint32_t)words, high = (uint32_t)(words >> 32)
 
 /* out = x * mask * factor; its own backward. */
-API void dropout_rows(const float *x, float *out, int64_t T, int64_t W, uint32_t threshold, float factor, uint64_t seed,
+API dropout_rows(const float *x, float *out, int64_t T, int64_t W, uint32_t threshold, float factor, uint64_t seed,
                       int threads) {
     EACH_ROW(t) {
         MASK_OF_ROW(t);
@@ -24,10 +24,11 @@ API void dropout_rows(const float *x, float *out, int64_t T, int64_t W, uint32_t
         float *ot = out + t * W;
         SIMD for (int64_t c = 0; c < W; c++) ot[c] = KEPT(c) ? xt[c] * factor : 0.0f;
     }
+    return 0;
 }
 
 /* out = scale * x + table[position], then dropout; position[t] is the row of the table. */
-API void input_rows(const float *x, const float *table, const int64_t *position, float *out, int64_t T, int64_t W,
+API input_rows(const float *x, const float *table, const int64_t *position, float *out, int64_t T, int64_t W,
                     float scale, uint32_t threshold, float factor, uint64_t seed, int threads) {
     EACH_ROW(t) {
         MASK_OF_ROW(t);
@@ -39,6 +40,7 @@ API void input_rows(const float *x, const float *table, const int64_t *position,
             SIMD for (int64_t c = 0; c < W; c++) ot[c] = KEPT(c) ? (xt[c] * scale + pt[c]) * factor : 0.0f;
         }
     }
+    return 0;
 }
 
 INLINE float inverse_rms(const float *x, int64_t W, float eps) {
@@ -48,7 +50,7 @@ INLINE float inverse_rms(const float *x, int64_t W, float eps) {
 }
 
 /* out = gate * x / rms(x), then dropout; gate may be null (all ones). */
-API void rms_norm_rows(const float *gate, int64_t gate_ld, const float *x, float *out, float *inverse, int64_t T,
+API rms_norm_rows(const float *gate, int64_t gate_ld, const float *x, float *out, float *inverse, int64_t T,
                        int64_t W, float eps, uint32_t threshold, float factor, uint64_t seed, int threads) {
     EACH_ROW(t) {
         MASK_OF_ROW(t);
@@ -65,10 +67,11 @@ API void rms_norm_rows(const float *gate, int64_t gate_ld, const float *x, float
             SIMD for (int64_t c = 0; c < W; c++) ot[c] = KEPT(c) ? ot[c] : 0.0f;
         }
     }
+    return 0;
 }
 
 /* With g = grad * mask * factor and i = 1 / rms: d/dgate = g x i; d/dx = i (h - x i^2 mean(h x)), h = g gate. */
-API void rms_norm_rows_backward(const float *grad, const float *gate, int64_t gate_ld, const float *x,
+API rms_norm_rows_backward(const float *grad, const float *gate, int64_t gate_ld, const float *x,
                                 const float *inverse, float *grad_gate, float *grad_x, int64_t T, int64_t W,
                                 uint32_t threshold, float factor, uint64_t seed, int threads) {
     EACH_ROW(t) {
@@ -89,18 +92,20 @@ API void rms_norm_rows_backward(const float *grad, const float *gate, int64_t ga
         float along = total / (float)W * i * i * i;
         SIMD for (int64_t c = 0; c < W; c++) ot[c] = ot[c] * i - xt[c] * along;
     }
+    return 0;
 }
 
-API void silu_rows(const float *x, float *out, int64_t T, int64_t W, int threads) {
+API silu_rows(const float *x, float *out, int64_t T, int64_t W, int threads) {
     EACH_ROW(t) {
         const float *xt = x + t * W;
         float *ot = out + t * W;
         SIMD for (int64_t c = 0; c < W; c++) ot[c] = xt[c] / (1.0f + exp_of(-xt[c]));
     }
+    return 0;
 }
 
 /* One part of the columns of silu_rows' backward: grad_x[:, first : first + width] from its own gradient. */
-API void silu_rows_backward(const float *grad, int64_t grad_ld, const float *x, float *grad_x, int64_t T, int64_t W,
+API silu_rows_backward(const float *grad, int64_t grad_ld, const float *x, float *grad_x, int64_t T, int64_t W,
                             int64_t first, int64_t width, int threads) {
     EACH_ROW(t) {
         const float *xt = x + t * W + first, *dt = grad + t * grad_ld;
@@ -110,18 +115,20 @@ API void silu_rows_backward(const float *grad, int64_t grad_ld, const float *x, 
             ot[c] = dt[c] * s * (1.0f + xt[c] * (1.0f - s));
         }
     }
+    return 0;
 }
 
 /* out[T, F] = silu(x[:, :F]) * x[:, F:]. */
-API void swiglu_rows(const float *x, float *out, int64_t T, int64_t F, int threads) {
+API swiglu_rows(const float *x, float *out, int64_t T, int64_t F, int threads) {
     EACH_ROW(t) {
         const float *gt = x + t * 2 * F, *ut = gt + F;
         float *ot = out + t * F;
         SIMD for (int64_t c = 0; c < F; c++) ot[c] = gt[c] / (1.0f + exp_of(-gt[c])) * ut[c];
     }
+    return 0;
 }
 
-API void swiglu_rows_backward(const float *grad, const float *x, float *grad_x, int64_t T, int64_t F, int threads) {
+API swiglu_rows_backward(const float *grad, const float *x, float *grad_x, int64_t T, int64_t F, int threads) {
     EACH_ROW(t) {
         const float *gt = x + t * 2 * F, *ut = gt + F, *dt = grad + t * F;
         float *og = grad_x + t * 2 * F, *ou = og + F;
@@ -131,10 +138,11 @@ API void swiglu_rows_backward(const float *grad, const float *x, float *grad_x, 
             og[c] = dt[c] * ut[c] * (s + silu * (1.0f - s));
         }
     }
+    return 0;
 }
 
 /* out = x / max(|x|, eps); norm[t] = |x|. */
-API void unit_rows(const float *x, float *out, float *norm, int64_t T, int64_t W, float eps, int threads) {
+API unit_rows(const float *x, float *out, float *norm, int64_t T, int64_t W, float eps, int threads) {
     EACH_ROW(t) {
         const float *xt = x + t * W;
         float *ot = out + t * W, total = 0;
@@ -143,10 +151,11 @@ API void unit_rows(const float *x, float *out, float *norm, int64_t T, int64_t W
         norm[t] = n;
         SIMD for (int64_t c = 0; c < W; c++) ot[c] = xt[c] / scale;
     }
+    return 0;
 }
 
 /* Below eps the divisor is a constant, and the row's own length passes the gradient on. */
-API void unit_rows_backward(const float *grad, const float *unit, const float *norm, float *grad_x, int64_t T, int64_t W,
+API unit_rows_backward(const float *grad, const float *unit, const float *norm, float *grad_x, int64_t T, int64_t W,
                             float eps, int threads) {
     EACH_ROW(t) {
         const float *dt = grad + t * W, *ut = unit + t * W;
@@ -155,4 +164,5 @@ API void unit_rows_backward(const float *grad, const float *unit, const float *n
         if (norm[t] < eps) along = 0;
         SIMD for (int64_t c = 0; c < W; c++) ot[c] = (dt[c] - ut[c] * along) / scale;
     }
+    return 0;
 }

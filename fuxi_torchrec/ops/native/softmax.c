@@ -50,7 +50,7 @@ INLINE void add_weighted_rows(float *total, const float *table, const int32_t *i
 /* Per token: loss[t] = -log softmax of the positive, and where gradients are wanted, the softmax weights [T, K] of the
 negatives and the gradients of outputs and positives. Logits are products over tau (inverse_tau), plus bias[u] for
 negatives; a negative at row positive_index[t] has the logit `masked`. */
-API void sampled_softmax_tokens(const float *outputs, const float *positives, const float *candidates,
+API sampled_softmax_tokens(const float *outputs, const float *positives, const float *candidates,
                                 const int32_t *index, const int32_t *positive_index, const float *bias, float *loss,
                                 float *weights, float *grad_outputs, float *grad_positives, int64_t T, int64_t K,
                                 int64_t D, float inverse_tau, float masked, int64_t needs_grad, int threads) {
@@ -92,19 +92,25 @@ API void sampled_softmax_tokens(const float *outputs, const float *positives, co
         add_weighted_rows(gx, candidates, ids, w, K, D);
         for (int64_t c = 0; c < D; c++) gx[c] *= inverse_tau;
     }
+    return 0;
 }
 
 /* grad_candidates[index[t, k]] += weights[t, k] * outputs[t] / tau. Every thread owns a range of candidates and goes
 through all tokens in order, so nothing is shared and sums don't depend on the number of threads. */
-API void sampled_softmax_candidates(const float *outputs, const int32_t *index, const float *weights,
+API sampled_softmax_candidates(const float *outputs, const int32_t *index, const float *weights,
                                     float *grad_candidates, int64_t T, int64_t K, int64_t D, int64_t U,
                                     float inverse_tau, int threads) {
+    int status = 0;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int part = 0; part < threads; part++) {
         int32_t first = (int32_t)(U * part / threads), width = (int32_t)(U * (part + 1) / threads) - first;
-        int32_t *mine = malloc((size_t)K * sizeof *mine);
-        float *scaled = malloc((size_t)D * sizeof *scaled);
-        for (int64_t t = 0; t < T; t++) {
+        int32_t *mine = malloc((size_t)(K + 1) * sizeof *mine);
+        float *scaled = malloc((size_t)(D + 1) * sizeof *scaled);
+        if (!mine || !scaled) {
+#pragma omp atomic write
+            status = OUT_OF_MEMORY;
+        }
+        for (int64_t t = 0; t < T && mine && scaled; t++) {
             const int32_t *ids = index + t * K;
             int64_t found = 0;
             for (int64_t k = 0; k < K; k++) { /* without a branch: half of them would be mispredicted */
@@ -121,4 +127,5 @@ API void sampled_softmax_candidates(const float *outputs, const int32_t *index, 
         free(mine);
         free(scaled);
     }
+    return status;
 }

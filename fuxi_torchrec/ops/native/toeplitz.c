@@ -137,14 +137,19 @@ static cvec *cvecs(int64_t count) {
     return posix_memalign(&memory, 64, (size_t)(count + 1) * sizeof(cvec)) ? 0 : memory;
 }
 
-/* sizes[s] = (S, the place of its table): the transforms of weight[0 … S - 1], over S, one after the other. */
+/* sizes[s] = (S, the place of its table): the transforms of weight[0 … S - 1], over S, one after the other; null where
+memory is short. */
 static float *spectra(const float *weight, int64_t N, const int64_t *sizes, int64_t num_sizes, int64_t total,
                       const Unit *tables) {
     float *out = malloc((size_t)(2 * total + 1) * sizeof(float));
     for (int64_t s = 0; s < num_sizes; s++) {
         int64_t S = sizes[2 * s];
         const Unit *table = tables + sizes[2 * s + 1];
-        cvec *x = cvecs(S);
+        cvec *x = out ? cvecs(S) : 0;
+        if (!x) {
+            free(out);
+            return 0;
+        }
         for (int64_t k = 0; k < S; k++) {
             float value = k < N ? weight[k] / (float)S : 0;
             x[k].re = (vec){0} + value * table[k].twist_re;
@@ -161,11 +166,13 @@ static float *spectra(const float *weight, int64_t N, const int64_t *sizes, int6
 }
 
 /* users[u] = (first row, rows, S, the place of S's table). */
-API void toeplitz_forward(float *v, int64_t ldv, const int64_t *v_columns, float *y, int64_t ldy, const int64_t *y_columns,
+API toeplitz_forward(float *v, int64_t ldv, const int64_t *v_columns, float *y, int64_t ldy, const int64_t *y_columns,
                           const float *weight, int64_t N, const int64_t *users, int64_t num_users, const int64_t *sizes,
                           int64_t num_sizes, const float *tables, int64_t total, int64_t E, int threads) {
+    int status = 0;
     int64_t slabs = (E + LANES - 1) / LANES;
     float *weights = spectra(weight, N, sizes, num_sizes, total, (const Unit *)tables);
+    if (!weights) return OUT_OF_MEMORY;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
     for (int64_t task = 0; task < num_users * slabs; task++) {
         const int64_t *user = users + 4 * (task / slabs);
@@ -174,6 +181,11 @@ API void toeplitz_forward(float *v, int64_t ldv, const int64_t *v_columns, float
         const float *filter = weights + 2 * user[3];
         Rows from = {v + user[0] * ldv, ldv, v_columns}, to = {y + user[0] * ldy, ldy, y_columns};
         cvec *x = cvecs(S);
+        if (!x) {
+#pragma omp atomic write
+            status = OUT_OF_MEMORY;
+            continue;
+        }
         load(x, &from, n, e, count, S, table, 0);
         transform(x, S, table, 1);
         for (int64_t k = 0; k < S; k++) x[k] = times(x[k], filter[2 * k], filter[2 * k + 1]);
@@ -182,67 +194,90 @@ API void toeplitz_forward(float *v, int64_t ldv, const int64_t *v_columns, float
         free(x);
     }
     free(weights);
+    return status;
+}
+
+/* grad_weight[0 … N - 1] from the products of all users and slabs, whose row S - 1 - k belongs to lag k; `places` has where
+each user's begin. */
+static int add_lags(float *grad_weight, int64_t N, const float *products, const int64_t *places, const int64_t *users,
+                    int64_t num_users, int64_t slabs, int64_t S, const Unit *table, int threads) {
+    cvec *x = cvecs(S);
+    if (!x) return OUT_OF_MEMORY;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t k = 0; k < S; k++) {
+        double re = 0, im = 0; /* in one order, whatever the number of threads */
+        for (int64_t u = 0; u < num_users; u++)
+            for (int64_t slab = 0; slab < slabs && users[4 * u + 2] == S; slab++) {
+                re += products[2 * (places[u] + slab * S + k)];
+                im += products[2 * (places[u] + slab * S + k) + 1];
+            }
+        x[k] = (cvec){(vec){0} + (float)(re / (double)S), (vec){0} + (float)(im / (double)S)};
+    }
+    transform_back(x, S, table, 1);
+    for (int64_t lag = 0; lag < S && lag < N; lag++) {
+        int64_t k = S - 1 - lag;
+        grad_weight[lag] += x[k].re[0] * table[k].twist_re + x[k].im[0] * table[k].twist_im;
+    }
+    free(x);
+    return 0;
+}
+
+/* One slab of one user's columns: adds grad * weight, read backwards, to grad_v; product gets grad * v's transform. */
+static int backward_slab(const Rows *values, const Rows *from, const Rows *to, int64_t n, int64_t e, int64_t count,
+                         int64_t S, const Unit *table, const float *filter, float *product) {
+    cvec *x = cvecs(2 * S), *g;
+    if (!x) return OUT_OF_MEMORY;
+    g = x + S;
+    load(x, values, n, e, count, S, table, 0);
+    transform(x, S, table, 1);
+    load(g, from, n, e, count, S, table, 1);
+    transform(g, S, table, 1);
+    for (int64_t k = 0; k < S; k++) {
+        vec re = g[k].re * x[k].re - g[k].im * x[k].im, im = g[k].re * x[k].im + g[k].im * x[k].re;
+        float sum_re = 0, sum_im = 0;
+#pragma omp simd reduction(+ : sum_re, sum_im)
+        for (int lane = 0; lane < LANES; lane++) sum_re += re[lane], sum_im += im[lane];
+        product[2 * k] = sum_re, product[2 * k + 1] = sum_im;
+        g[k] = times(g[k], filter[2 * k], filter[2 * k + 1]);
+    }
+    transform_back(g, S, table, 1);
+    store(g, to, n, e, count, S, table, 1, 1);
+    free(x);
+    return 0;
 }
 
 /* Adds to grad_v, and writes the gradient of weight[0 … N - 1]. With the rows of grad backwards, both are causal products
 again: grad * weight, read backwards, and grad * v, whose row S - 1 - k belongs to lag k. */
-API void toeplitz_backward(float *v, int64_t ldv, const int64_t *v_columns, float *grad, int64_t ldg,
-                           const int64_t *grad_columns, float *grad_v, const float *weight, float *grad_weight, int64_t N,
-                           const int64_t *users, int64_t num_users, const int64_t *sizes, int64_t num_sizes,
-                           const float *tables, int64_t total, int64_t E, int threads) {
+API toeplitz_backward(float *v, int64_t ldv, const int64_t *v_columns, float *grad, int64_t ldg,
+                      const int64_t *grad_columns, float *grad_v, int64_t ldo, const int64_t *out_columns,
+                      const float *weight, float *grad_weight, int64_t N, const int64_t *users, int64_t num_users,
+                      const int64_t *sizes, int64_t num_sizes, const float *tables, int64_t total, int64_t E,
+                      int threads) {
     int64_t slabs = (E + LANES - 1) / LANES, *places = malloc((size_t)(num_users + 1) * sizeof(int64_t));
-    float *weights = spectra(weight, N, sizes, num_sizes, total, (const Unit *)tables);
+    if (!places) return OUT_OF_MEMORY;
     places[0] = 0;
     for (int64_t u = 0; u < num_users; u++) places[u + 1] = places[u] + slabs * users[4 * u + 2];
+    float *weights = spectra(weight, N, sizes, num_sizes, total, (const Unit *)tables);
     float *products = malloc((size_t)(2 * places[num_users] + 1) * sizeof(float));
+    int status = weights && products ? 0 : OUT_OF_MEMORY;
+    if (status) goto done;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
     for (int64_t task = 0; task < num_users * slabs; task++) {
         int64_t u = task / slabs, slab = task % slabs, e = slab * LANES, count = E - e < LANES ? E - e : LANES;
         const int64_t *user = users + 4 * u;
-        int64_t n = user[1], S = user[2];
-        const Unit *table = (const Unit *)tables + user[3];
-        const float *filter = weights + 2 * user[3];
-        float *product = products + 2 * (places[u] + slab * S);
         Rows values = {v + user[0] * ldv, ldv, v_columns}, from = {grad + user[0] * ldg, ldg, grad_columns};
-        Rows to = {grad_v + user[0] * E, E, v_columns};
-        cvec *x = cvecs(2 * S), *g = x + S;
-        load(x, &values, n, e, count, S, table, 0);
-        transform(x, S, table, 1);
-        load(g, &from, n, e, count, S, table, 1);
-        transform(g, S, table, 1);
-        for (int64_t k = 0; k < S; k++) {
-            vec re = g[k].re * x[k].re - g[k].im * x[k].im, im = g[k].re * x[k].im + g[k].im * x[k].re;
-            float sum_re = 0, sum_im = 0;
-#pragma omp simd reduction(+ : sum_re, sum_im)
-            for (int lane = 0; lane < LANES; lane++) sum_re += re[lane], sum_im += im[lane];
-            product[2 * k] = sum_re, product[2 * k + 1] = sum_im;
-            g[k] = times(g[k], filter[2 * k], filter[2 * k + 1]);
+        Rows to = {grad_v + user[0] * ldo, ldo, out_columns};
+        if (backward_slab(&values, &from, &to, user[1], e, count, user[2], (const Unit *)tables + user[3],
+                          weights + 2 * user[3], products + 2 * (places[u] + slab * user[2]))) {
+#pragma omp atomic write
+            status = OUT_OF_MEMORY;
         }
-        transform_back(g, S, table, 1);
-        store(g, &to, n, e, count, S, table, 1, 1);
-        free(x);
     }
     memset(grad_weight, 0, (size_t)N * sizeof(float));
-    for (int64_t s = 0; s < num_sizes; s++) {
-        int64_t S = sizes[2 * s];
-        const Unit *table = (const Unit *)tables + sizes[2 * s + 1];
-        cvec *x = cvecs(S);
-#pragma omp parallel for schedule(static) num_threads(threads)
-        for (int64_t k = 0; k < S; k++) {
-            double re = 0, im = 0; /* in one order, whatever the number of threads */
-            for (int64_t u = 0; u < num_users; u++)
-                for (int64_t slab = 0; slab < slabs && users[4 * u + 2] == S; slab++) {
-                    re += products[2 * (places[u] + slab * S + k)];
-                    im += products[2 * (places[u] + slab * S + k) + 1];
-                }
-            x[k] = (cvec){(vec){0} + (float)(re / (double)S), (vec){0} + (float)(im / (double)S)};
-        }
-        transform_back(x, S, table, 1);
-        for (int64_t lag = 0; lag < S && lag < N; lag++) {
-            int64_t k = S - 1 - lag;
-            grad_weight[lag] += x[k].re[0] * table[k].twist_re + x[k].im[0] * table[k].twist_im;
-        }
-        free(x);
-    }
+    for (int64_t s = 0; s < num_sizes && !status; s++)
+        status = add_lags(grad_weight, N, products, places, users, num_users, slabs, sizes[2 * s],
+                          (const Unit *)tables + sizes[2 * s + 1], threads);
+done:
     free(weights), free(places), free(products);
+    return status;
 }

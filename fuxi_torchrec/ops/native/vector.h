@@ -16,7 +16,9 @@ as the target's registers: a wider one takes several of them, and tiles that wer
 #else
 #define LANES 4
 #endif
-#define API __attribute__((visibility("default")))
+/* Every kernel returns 0, or OUT_OF_MEMORY. */
+#define API __attribute__((visibility("default"))) int
+#define OUT_OF_MEMORY 1
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
@@ -33,9 +35,10 @@ INLINE uint32_t float_to_bits(float x) {
     return bits;
 }
 
-/* e^x within 2 units in the last place; 0 below -87, NaN for NaN. Cody-Waite reduction, then Taylor on |r| <= ln2 / 2. */
+/* e^x within 2 units in the last place; 0 below -87, infinite from 88.4 on (where n is 128, whose power of two is), NaN for
+NaN. Cody-Waite reduction, then Taylor on |r| <= ln2 / 2. */
 INLINE float exp_of(float x) {
-    float clamped = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
+    float clamped = x < -87.0f ? -87.0f : (x > 89.0f ? 89.0f : x);
     float shifted = clamped * 1.44269504f + 12582912.0f;  /* rounds to an integer in the low bits */
     float n = shifted - 12582912.0f;
     float r = clamped - n * 0.693359375f + n * 2.12194440e-4f;

@@ -180,7 +180,13 @@ class _GatedRMSNorm(torch.autograd.Function):
 def gated_rms_norm(
     gate_TW: Tensor, x_TW: Tensor, dropout_p: float = 0.0, training: bool = False, eps: float = 1e-6
 ) -> Tensor:
-    """dropout(gate ⊙ RMSNorm(x)), no weight; [T, W]."""
+    """dropout(gate ⊙ RMSNorm(x)), no weight; [T, W].
+
+    Raises:
+        ValueError: a gate of another shape.
+    """
+    if gate_TW.shape != x_TW.shape:
+        raise ValueError(f"a gate of shape {tuple(gate_TW.shape)} for values of shape {tuple(x_TW.shape)}")
     p, gate_TW, x_TW = dropout_p if training else 0.0, wide(gate_TW), wide(x_TW)
     if torch.compiler.is_compiling():
         return F.dropout(gate_TW * F.rms_norm(x_TW, x_TW.shape[-1:], eps=eps), p)
@@ -216,7 +222,13 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def swiglu(x_TW: Tensor) -> Tensor:
-    """SiLU(first half) ⊙ second half of the last axis; [T, 2 F] to [T, F]."""
+    """SiLU(first half) ⊙ second half of the last axis; [T, 2 F] to [T, F].
+
+    Raises:
+        ValueError: an odd number of columns.
+    """
+    if x_TW.shape[1] % 2:
+        raise ValueError(f"{x_TW.shape[1]} columns are not two halves")
     if torch.compiler.is_compiling():
         gate_TF, up_TF = x_TW.chunk(2, dim=1)
         return F.silu(gate_TF) * up_TF

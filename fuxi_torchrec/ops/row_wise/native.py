@@ -56,7 +56,9 @@ class InputStep(torch.autograd.Function):
     def forward(ctx, x_TW: Tensor, table_NW: Tensor, position_T: Tensor, scale: float, p: float) -> Tensor:
         ctx.mask, ctx.scale, ctx.rows = draw_mask(p), scale, len(table_NW)
         ctx.save_for_backward(position_T)
-        x_TW, out_TW = x_TW.contiguous(), torch.empty(x_TW.shape)
+        _check_positions(x_TW, table_NW, position_T)
+        x_TW = x_TW.contiguous()
+        out_TW = torch.empty_like(x_TW)
         arguments = (x_TW, table_NW.contiguous(), position_T.contiguous(), out_TW, *x_TW.shape, scale)
         native.call("input_rows", *arguments, *ctx.mask)
         return out_TW
@@ -154,6 +156,16 @@ class L2Normalize(torch.autograd.Function):
         grad_x_TW = torch.empty_like(unit_TW)
         native.call("unit_rows_backward", grad_TW.contiguous(), unit_TW, norm_T, grad_x_TW, *unit_TW.shape, ctx.eps)
         return grad_x_TW, None
+
+
+def _check_positions(x_TW: Tensor, table_NW: Tensor, position_T: Tensor) -> None:
+    if table_NW.ndim != 2 or table_NW.shape[1:] != x_TW.shape[1:] or position_T.shape != x_TW.shape[:1]:
+        shapes = [tuple(x.shape) for x in (x_TW, table_NW, position_T)]
+        raise ValueError(f"values, position table and positions of shapes {shapes} don't go together")
+    if position_T.numel():
+        smallest, largest = torch.aminmax(position_T)
+        if smallest < 0 or largest >= len(table_NW):
+            raise IndexError(f"positions {int(smallest)} … {int(largest)} of a table of {len(table_NW)}")
 
 
 def _contiguous_rows(x_TW: Optional[Tensor]) -> Optional[Tensor]:

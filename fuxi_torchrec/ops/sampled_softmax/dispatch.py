@@ -58,7 +58,15 @@ def per_token_sampled_softmax(
 
     Returns:
         The summed loss, float32 scalar, differentiable in outputs, positives and candidates.
+
+    Raises:
+        ValueError: shapes that don't go together.
+        IndexError: a negative that is no row of candidates_UD, or a positive that is neither that nor −1 (looked for on
+            a CPU alone, where looking is cheap).
     """
+    _check_shapes(outputs_TD, positives_TD, candidates_UD, negative_index_TK, positive_index_T, bias_U)
+    _check_rows("negatives", negative_index_TK, 0, len(candidates_UD))
+    _check_rows("positives", positive_index_T, -1, len(candidates_UD))
     kernels = _triton_kernels("per_token", implementation, outputs_TD)
     if kernels is not None:
         return kernels.triton_per_token_softmax(
@@ -109,6 +117,27 @@ def shared_sampled_softmax(
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     chunk = max(1, chunk_logits // max(1, len(pool_ids_P)))
     return _Shared.apply(*inputs, pool_ids_P, positive_ids_T, temperature, bias_P, mask, chunk, needs_grad)
+
+
+def _check_shapes(outputs_TD, positives_TD, candidates_UD, index_TK, positive_index_T, bias_U: Optional[Tensor]) -> None:
+    T, D = outputs_TD.shape
+    fits = positives_TD.shape == (T, D) and candidates_UD.shape[1:] == (D,)
+    fits = fits and index_TK.ndim == 2 and len(index_TK) == T and positive_index_T.shape == (T,)
+    if not fits or (bias_U is not None and bias_U.shape != candidates_UD.shape[:1]):
+        tensors = (outputs_TD, positives_TD, candidates_UD, index_TK, positive_index_T, bias_U)
+        shapes = [None if x is None else tuple(x.shape) for x in tensors]
+        raise ValueError(f"outputs, positives, candidates, negatives, positives' rows and bias of shapes {shapes}")
+
+
+def _check_rows(what: str, index: Tensor, least: int, rows: int) -> None:
+    """Before the index becomes int32, which would take 2**32 + 5 for 5."""
+    if rows > torch.iinfo(torch.int32).max:
+        raise ValueError(f"{rows} candidates: rows are counted in int32")
+    if torch.compiler.is_compiling() or type(index) is not Tensor or index.device.type != "cpu" or not index.numel():
+        return
+    smallest, largest = (int(x) for x in torch.aminmax(index))
+    if smallest < least or largest >= rows:
+        raise IndexError(f"{what} {smallest} … {largest} of {rows} candidates")
 
 
 def _triton_kernels(loss: str, implementation: Implementation, outputs_TD: Tensor):

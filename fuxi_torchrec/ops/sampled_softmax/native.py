@@ -22,13 +22,9 @@ class PerToken(torch.autograd.Function):
     ):
         inputs = [_whole_vectors(x) for x in (outputs_TD, positives_TD, candidates_UD)]
         grads = [torch.empty_like(inputs[0]), torch.empty_like(inputs[1]), torch.zeros_like(inputs[2])]
-        loss_T = torch.empty(len(index_TK))
-        bias_U = None if bias_U is None else bias_U.contiguous()
+        loss_T = inputs[0].new_empty(len(index_TK))
+        bias_U = None if bias_U is None else bias_U.float().contiguous()
         index_TK, positive_index_T = index_TK.int().contiguous(), positive_index_T.int().contiguous()
-        if index_TK.numel():  # C looks nowhere: a row that is not there would be read all the same
-            smallest, largest = torch.aminmax(index_TK)
-            if smallest < 0 or largest >= len(candidates_UD):
-                raise IndexError(f"negatives {int(smallest)} … {int(largest)} of {len(candidates_UD)} candidates")
         for start in range(0, len(index_TK), chunk):
             rows = slice(start, start + chunk)
             tokens = (inputs[0][rows], inputs[1][rows], inputs[2], index_TK[rows], positive_index_T[rows], bias_U)
@@ -58,7 +54,7 @@ def _chunk(
     grad_positives_CW: Optional[Tensor] = None,
     grad_candidates_UW: Optional[Tensor] = None,
 ) -> None:
-    weights_CK = torch.empty(index_CK.shape)
+    weights_CK = outputs_CW.new_empty(index_CK.shape)
     needs_grad = grad_candidates_UW is not None
     sizes = (*index_CK.shape, outputs_CW.shape[1])
     inputs = (outputs_CW, positives_CW, candidates_UW, index_CK, positive_index_C, bias_U, loss_C, weights_CK)

@@ -68,14 +68,15 @@ def backward_of_users(
     """Writes the rows of these users into the values' gradient; returns the parameters' gradients."""
     names, params = [name for name, _ in channels], [p for _, ps in channels for p in ps]
     where, weight_N, sizes, scalars = _arguments_of_users(values_THd, users, times, params, names)
-    longest, sums_2 = max(n for _, n in users), torch.zeros(2, dtype=torch.float64)
-    grad_lags = torch.zeros(longest)
+    longest, sums_2 = max(n for _, n in users), values_THd.new_zeros(2, dtype=torch.float64)
+    grad_lags = values_THd.new_zeros(longest)
     native.call("mix_backward", *where, weight_N, grad_THCd, grad_THd, grad_lags, sums_2, *sizes, *scalars)
     return _parameter_gradients(names, params, grad_lags, sums_2)
 
 
 def _arguments_of_users(values_THd, users, times: Times, params, names: List[str]):
-    offsets_2B = torch.tensor([row for first, n in users for row in (first, first + n)])
+    rows = [row for first, n in users for row in (first, first + n)]
+    offsets_2B = torch.tensor(rows, dtype=torch.int64, device="cpu")
     tasks_K3 = row_tasks([n for _, n in users], TASK_ROWS)
     tasks_K3[:, 0] *= 2  # a user's rows begin at every other offset
     longest = max(n for _, n in users)
@@ -100,6 +101,8 @@ def _mix(
     names = kinds.split()
     values_THd = _rows_at_one_distance(values_THd)
     T, H, d = values_THd.shape
+    if int((tasks_K3[:, 2] - tasks_K3[:, 1]).sum()) != T:
+        raise ValueError(f"the users' rows are not the {T} rows of values")
     mixed_THCd = values_THd.new_empty(T, H, len(names), d)
     for c, name in enumerate(names):
         if name == "zero":
@@ -135,8 +138,10 @@ def _mix_backward(
     where, weight_N, sizes, scalars = _arguments(
         values_THd, offsets_B1, tasks_K3, times, params, names, longest, time_unit
     )
-    grad_THd, grad_lags = torch.empty(values_THd.shape), torch.zeros(max(1, longest))
-    sums_2 = torch.zeros(2, dtype=torch.float64)
+    if grad_THCd.shape != (*values_THd.shape[:2], len(names), values_THd.shape[2]):
+        raise ValueError(f"a gradient of shape {tuple(grad_THCd.shape)} of values of {tuple(values_THd.shape)}")
+    grad_THd = torch.empty_like(values_THd, memory_format=torch.contiguous_format)
+    grad_lags, sums_2 = values_THd.new_zeros(max(1, longest)), values_THd.new_zeros(2, dtype=torch.float64)
     outputs = (grad_THCd.contiguous(), grad_THd, grad_lags, sums_2)
     native.call("mix_backward", *where, weight_N, *outputs, *sizes, *scalars)
     return [grad_THd, *_parameter_gradients(names, params, grad_lags[:longest], sums_2)]
@@ -183,11 +188,18 @@ def _by_kind(names, params):
 
 
 def _arguments(values_THd, offsets_B1, tasks_K3, times, params, names: List[str], longest: int, time_unit: float):
-    """The kernels' arguments: where the rows are, the lag weights, the sizes, and the scalars."""
+    """The kernels' arguments: where the rows are, the lag weights, the sizes, and the scalars.
+
+    Raises:
+        ValueError: they would read or write beyond a tensor's end.
+    """
     T, H, d = values_THd.shape
     weight_N, temporal = _by_kind(names, params)
-    # C looks nowhere: what is too short is read beyond its end.
-    assert weight_N is None or len(weight_N) >= longest, f"{len(weight_N)} lag weights for a sequence of {longest}"
+    _check_tasks(offsets_B1, tasks_K3, T, longest)
+    if weight_N is not None and (weight_N.ndim != 1 or len(weight_N) < longest):
+        raise ValueError(f"lag weights of shape {tuple(weight_N.shape)} for a sequence of {longest}")
+    if temporal is not None and [x.shape for x in times] != [(T,)] * 2:
+        raise ValueError(f"times of shapes {[tuple(x.shape) for x in times]} for {T} rows")
     a = rate = 0.0
     times_T = next_times_T = None
     if temporal is not None:
@@ -199,6 +211,23 @@ def _arguments(values_THd, offsets_B1, tasks_K3, times, params, names: List[str]
     where = (values_THd, values_THd.stride(0), offsets_B1, times_T, next_times_T)
     sizes = (tasks_K3, len(tasks_K3), longest, H, d, len(names), positional, temporal_place, is_log)
     return where, None if weight_N is None else weight_N.contiguous(), sizes, (a, rate, time_unit)
+
+
+def _check_tasks(offsets_B1: Tensor, tasks_K3: Tensor, rows: int, longest: int) -> None:
+    user_K, first_K, last_K = tasks_K3.unbind(1)
+    if len(user_K) == 0:
+        return
+    if user_K.min() < 0 or user_K.max() >= len(offsets_B1) - 1:
+        raise ValueError(f"tasks of users {int(user_K.min())} … {int(user_K.max())} of {len(offsets_B1) - 1}")
+    start_K, stop_K = offsets_B1[user_K], offsets_B1[user_K + 1]
+    inside_K = (start_K >= 0) & (stop_K <= rows) & (first_K >= 0) & (first_K < last_K) & (last_K <= stop_K - start_K)
+    wrong_K = ~(inside_K & (stop_K - start_K <= longest))
+    if wrong_K.any():
+        k = int(wrong_K.nonzero()[0])
+        raise ValueError(
+            f"rows {int(first_K[k])} to {int(last_K[k])} of a user at {int(start_K[k])} to {int(stop_K[k])} of {rows} rows, "
+            f"of {longest} at most"
+        )
 
 
 def _factor_and_rate(name: str, params: Sequence[Tensor]) -> Tuple[float, float]:

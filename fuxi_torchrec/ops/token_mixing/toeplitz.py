@@ -21,7 +21,12 @@ COLUMNS = 128
 
 
 def toeplitz_forward(y_THd: Tensor, v_THd: Tensor, users: Sequence[Tuple[int, int]], weight_N: Tensor) -> None:
-    """Writes the products of users given as (first row, length); weight[k] is that of lag k. Tensors may be strided."""
+    """Writes the products of users given as (first row, length); weight[k] is that of lag k. Tensors may be strided.
+
+    Raises:
+        ValueError: other shapes, a user's rows beyond the tensors', or fewer weights than the longest user has rows.
+    """
+    _check(users, weight_N, v_THd, y_THd)
     if native.usable(y_THd, v_THd, weight_N):
         plan = _plan(tuple(users))
         native.call("toeplitz_forward", *_rows(v_THd), *_rows(y_THd), weight_N.contiguous(), len(weight_N), *plan, _E(v_THd))
@@ -33,16 +38,29 @@ def toeplitz_forward(y_THd: Tensor, v_THd: Tensor, users: Sequence[Tuple[int, in
 def toeplitz_backward(
     grad_v_THd: Tensor, grad_THd: Tensor, v_THd: Tensor, users: Sequence[Tuple[int, int]], weight_N: Tensor
 ) -> Tensor:
-    """Adds v's gradient to grad_v (contiguous) and returns the weights', [N]."""
-    grad_weight_N = torch.zeros_like(weight_N)
+    """Adds v's gradient to grad_v and returns the weights', [N]; tensors and errors as in `toeplitz_forward`."""
+    _check(users, weight_N, v_THd, grad_THd, grad_v_THd)
+    grad_weight_N = torch.zeros_like(weight_N, memory_format=torch.contiguous_format)
     if native.usable(grad_v_THd, grad_THd, v_THd, weight_N):
-        weights = (grad_v_THd, weight_N.contiguous(), grad_weight_N, len(weight_N))
-        native.call("toeplitz_backward", *_rows(v_THd), *_rows(grad_THd), *weights, *_plan(tuple(users)), _E(v_THd))
+        rows = (*_rows(v_THd), *_rows(grad_THd), *_rows(grad_v_THd))
+        weights = (weight_N.contiguous(), grad_weight_N, len(weight_N))
+        native.call("toeplitz_backward", *rows, *weights, *_plan(tuple(users)), _E(v_THd))
         return grad_weight_N
     for first, n in users:
         rows = slice(first, first + n)
         grad_weight_N[:n] += _backward(grad_v_THd[rows], grad_THd[rows], v_THd[rows], weight_N[:n])
     return grad_weight_N
+
+
+def _check(users: Sequence[Tuple[int, int]], weight_N: Tensor, v_THd: Tensor, *others: Tensor) -> None:
+    if any(x.shape != v_THd.shape for x in others):
+        raise ValueError(f"shapes differ: {[tuple(x.shape) for x in (v_THd, *others)]}")
+    for first, n in users:
+        if first < 0 or n < 1 or first + n > len(v_THd):
+            raise ValueError(f"a user's rows {first} to {first + n} of {len(v_THd)} rows")
+    longest = max((n for _, n in users), default=0)
+    if weight_N.ndim != 1 or len(weight_N) < longest:
+        raise ValueError(f"lag weights of shape {tuple(weight_N.shape)} for a sequence of {longest}")
 
 
 def transform_length(least: int) -> int:
@@ -69,14 +87,18 @@ def _plan(users: Tuple[Tuple[int, int], ...]) -> _Plan:
     for size in sizes:
         places[size] = rows
         rows += size
-    users_U4 = torch.tensor([(first, n, lengths[n], places[lengths[n]]) for first, n in users])
-    sizes_2 = torch.tensor(list(places.items()))
+    users_U4 = _on_host([(first, n, lengths[n], places[lengths[n]]) for first, n in users])
+    sizes_2 = _on_host(list(places.items()))
     return _Plan(users_U4, len(users), sizes_2, len(sizes), torch.cat([_table(size) for size in sizes]), rows)
+
+
+def _on_host(rows: Sequence[Tuple[int, ...]]) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
 
 @functools.lru_cache(maxsize=64)
 def _table(size: int) -> Tensor:
-    k = torch.arange(size, dtype=torch.float64) * math.pi / size
+    k = torch.arange(size, dtype=torch.float64, device="cpu") * math.pi / size
     return torch.stack([torch.cos(2 * k), -torch.sin(2 * k), torch.cos(k / 2), torch.sin(k / 2)], 1).float()
 
 
@@ -87,7 +109,7 @@ def _rows(x_THd: Tensor) -> Tuple[Tensor, int, Tensor]:
 
 @functools.lru_cache(maxsize=64)
 def _columns(heads: int, width: int, head_stride: int, stride: int) -> Tensor:
-    return (torch.arange(heads)[:, None] * head_stride + torch.arange(width) * stride).flatten()
+    return _on_host([head * head_stride + column * stride for head in range(heads) for column in range(width)])
 
 
 def _E(x_THd: Tensor) -> int:
