@@ -1,9 +1,5 @@
 """The CPU kernels in C: equal to PyTorch's spelling in value and gradient, and absent without harm."""
 
-import concurrent.futures
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -157,33 +153,3 @@ def test_forms_that_no_kernel_knows_are_mixed_all_the_same():
         kinds = [("auto", torch.float32), ("reference", torch.float32), ("sizes", torch.float64)]
         actual, expected, sizes = (output_and_gradients([3, 7], ("positional", form), *kind) for kind in kinds)
         assert_sums_close(actual, expected, sizes, 2 * rounding(torch.float32, 7 + 6))
-
-
-PROBE = "from fuxi_torchrec.ops.native import library as native; print(native.library() is not None)"
-
-
-def probe(tmp_path, **environment):
-    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), **environment}
-    return subprocess.run([sys.executable, "-c", PROBE], env=env, capture_output=True, text=True, check=True)
-
-
-@needs_compiler
-def test_processes_that_compile_at_once_leave_one_library(tmp_path):
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        done = list(pool.map(lambda _: probe(tmp_path).stdout.strip(), range(3)))
-    assert done == ["True"] * 3
-    assert [p.suffix for p in (tmp_path / "fuxi_torchrec").iterdir()] == [".so"]
-
-
-def test_it_can_be_switched_off(tmp_path):
-    assert probe(tmp_path, FUXI_TORCHREC_NATIVE="0").stdout.strip() == "False"
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_compiler_that_fails_is_said_once_and_pytorch_goes_on(tmp_path):
-    compiler = tmp_path / "cc"
-    compiler.write_text("#!/bin/sh\necho 'no such option' >&2\nexit 1\n")
-    compiler.chmod(0o755)
-    done = probe(tmp_path, CC=str(compiler))
-    assert done.stdout.strip() == "False"
-    assert done.stderr.count("could not be compiled (no such option)") == 1

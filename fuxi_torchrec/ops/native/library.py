@@ -1,8 +1,8 @@
 """Kernels in C for the CPU: one pass over memory where PyTorch's own operators would make many.
 
 They are compiled when a process first needs them, by the C compiler that the machine has (two or three seconds), and
-kept in a cache folder under a name that tells everything they depend on. Without a compiler, and for anything but
-float32 on a CPU, callers go through PyTorch: the same results up to rounding, slower.
+kept in a folder of the user's (`cache`) under a name that tells everything they depend on. Without a compiler, and for
+anything but float32 on a CPU, callers go through PyTorch: the same results up to rounding, slower.
 """
 
 import ctypes
@@ -11,17 +11,21 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 from typing import Callable, Optional, Union
 
 import torch
 from torch import Tensor
 
+from fuxi_torchrec.ops.native import cache
+
 SWITCH = "FUXI_TORCHREC_NATIVE"
 """Environment variable; 0: never use these kernels."""
+MORE_FLAGS = "FUXI_TORCHREC_NATIVE_FLAGS"
+"""Environment variable; further flags of the compiler, after those below: -mno-avx512f for another processor's vectors."""
 SOURCES = Path(__file__).parent
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden")
 LINK_FLAGS = ("-fopenmp", "-fPIC", "-shared")
@@ -127,45 +131,39 @@ def library() -> Optional[ctypes.CDLL]:
         return None
     global _found
     try:
-        kernels = ctypes.CDLL(str(_compiled(compiler)))
+        kernels = _open(compiler)
         _found = True
         return kernels
     except (OSError, subprocess.SubprocessError) as error:
+        what = "compiled" if isinstance(error, subprocess.SubprocessError) else "loaded"
         reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1:]
-        _log.warning("the CPU kernels could not be compiled (%s): %s=0 silences this", "".join(reason), SWITCH)
+        _log.warning("the CPU kernels could not be %s (%s): %s=0 silences this", what, "".join(reason), SWITCH)
         return None
 
 
-def _compiled(compiler: str) -> Path:
+def _open(compiler: str) -> ctypes.CDLL:
     sources = sorted(SOURCES.glob("*.c"))
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    parts = [compiler, version, *FLAGS, *LINK_FLAGS, _processor()]
-    parts += [path.read_text() for path in (*sources, *sorted(SOURCES.glob("*.h")))]
-    name = f"kernels-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
-    target = _cache_folder() / name
-    if not target.exists():
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            built = Path(folder) / name
-            command = [compiler, *FLAGS, *LINK_FLAGS, *map(str, sources), "-o", str(built), "-lm"]
-            subprocess.run(command, capture_output=True, text=True, check=True, timeout=COMPILE_SECONDS)
-            os.replace(built, target)  # complete or absent, however many processes compile it at once
-    return target
+    flags = [*FLAGS, *LINK_FLAGS, *shlex.split(os.environ.get(MORE_FLAGS, ""))]
+    parts = [compiler, _run(compiler, "--version"), *flags, _processor()]
+    hashed = hashlib.sha256("\0".join(parts).encode())
+    for path in (*sources, *sorted(SOURCES.glob("*.h"))):
+        hashed.update(b"\0" + path.read_bytes())
+    return cache.load(
+        f"kernels-{hashed.hexdigest()[:16]}.so",
+        lambda built: _run(compiler, *flags, *map(str, sources), "-o", str(built), "-lm"),
+    )
+
+
+def _run(*command: str) -> str:
+    # Compilers quote in UTF-8 whatever the locale is.
+    settings = dict(capture_output=True, encoding="utf-8", errors="replace", check=True, timeout=COMPILE_SECONDS)
+    return subprocess.run(command, **settings).stdout
 
 
 def _processor() -> str:
     """What -march=native depends on: a cache folder may be shared by unlike machines."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
     except OSError:
         return platform.processor()
     return "\n".join(sorted({x for x in lines if x.startswith(("model name", "flags", "Features", "CPU part"))}))
-
-
-def _cache_folder() -> Path:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fuxi_torchrec"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except OSError:
-        return Path(tempfile.mkdtemp(prefix="fuxi_torchrec-"))
