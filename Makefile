@@ -20,7 +20,7 @@ INSTALLED := $(VENV)/.installed-$(DEVICE)
 OTHER_FBGEMM := $(if $(filter cuda,$(DEVICE)),fbgemm-gpu-cpu,fbgemm-gpu)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help install smoke test slurm lint clean
+.PHONY: help install smoke test sanitize narrow slurm lint clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -33,6 +33,21 @@ smoke: $(INSTALLED)  ## train, evaluate and recommend on generated MovieLens-lik
 
 test: $(INSTALLED)  ## the tests
 	$(BIN)/python -m pytest -q --durations=10 $(PYTEST_ARGS)
+
+# The sanitizers' libraries come before everything that the process loads; what Python never gives back is no leak of ours.
+SANITIZED = LD_PRELOAD="$$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 PYTHONPATH=. \
+	FUXI_TORCHREC_NATIVE_FLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined"
+
+sanitize: $(INSTALLED)  ## the C kernels under AddressSanitizer and UBSan: their tests and random cases (minutes)
+	$(SANITIZED) $(BIN)/python -m pytest -q -s tests/ops/test_native.py tests/ops/test_native_edges.py \
+		tests/ops/test_linear_mixing.py tests/ops/test_sampled_softmax.py $(PYTEST_ARGS)
+	$(SANITIZED) $(BIN)/python -m tests.helpers.native_cases 100
+
+narrow: $(INSTALLED)  ## the numeric tests with the vectors of processors without AVX-512, and without AVX
+	for flag in -mno-avx512f -mno-avx; do MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 \
+		FUXI_TORCHREC_NATIVE_FLAGS=$$flag $(BIN)/python -m pytest -q tests/ops tests/encoders/test_golden.py \
+		$(PYTEST_ARGS) || exit 1; done
 
 slurm: $(INSTALLED)  ## tests on a real Slurm of two nodes, brought up here (needs root and apt, else skipped)
 	timeout --signal=INT --kill-after=60 600 \

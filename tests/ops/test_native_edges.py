@@ -12,20 +12,12 @@ from fuxi_torchrec.ops.token_mixing import native as mixing_native
 from fuxi_torchrec.ops.token_mixing.dispatch import mix_tokens
 from fuxi_torchrec.ops.token_mixing.time_gaps import TimeGaps
 from fuxi_torchrec.ops.token_mixing.toeplitz import toeplitz_backward, toeplitz_forward
+from tests.helpers import native_cases
 from tests.helpers.closeness import assert_sums_close, mixing_sizes, rounding
 from tests.helpers.mixing import parameters, times
+from tests.helpers.native_cases import LAYOUTS
 
 needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C compiler here")
-
-LAYOUTS = {
-    "columns of a wider matrix": lambda T, H, d: torch.randn(T, H * d + 9)[:, 5 : 5 + H * d].unflatten(1, (H, d)),
-    "columns of wider heads": lambda T, H, d: torch.randn(T, H, d + 16)[:, :, :d],
-    "heads first": lambda T, H, d: torch.randn(H, T, d).transpose(0, 1),
-    "columns first": lambda T, H, d: torch.randn(H, d, T).permute(2, 0, 1),
-    "every other row": lambda T, H, d: torch.randn(2 * T, H, d)[::2],
-    "one row for all": lambda T, H, d: torch.randn(1, H, d).expand(T, H, d),
-}
-
 
 @pytest.mark.parametrize("implementation", ["linear", "native"])
 @pytest.mark.parametrize("layout_of_values", LAYOUTS.values(), ids=LAYOUTS)
@@ -219,3 +211,9 @@ def test_silu_at_the_ends_of_float32(x):
         assert torch.equal(actual.signbit(), expected.signbit())
         for a, e in zip(torch.autograd.grad(actual.sum(), values), torch.autograd.grad(expected.sum(), reference)):
             torch.testing.assert_close(a, e, rtol=1e-6, atol=1e-35)
+
+
+@needs_compiler
+@pytest.mark.parametrize("seed", range(8))
+def test_random_cases_of_any_shape_and_layout(seed):
+    native_cases.check(seed)
