@@ -27,7 +27,7 @@ def draw_mask(p: float) -> Mask:
     if p == 0:
         return Mask(0, 1.0, 0)
     threshold = min(_LEVELS - 1, round(p * _LEVELS))
-    return Mask(threshold, _LEVELS / (_LEVELS - threshold), int(torch.randint(2**63 - 1, (1,)).item()))
+    return Mask(threshold, _LEVELS / (_LEVELS - threshold), int(torch.randint(2**63 - 1, (1,), device="cpu").item()))
 
 
 class Dropout(torch.autograd.Function):
