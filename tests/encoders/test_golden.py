@@ -6,7 +6,7 @@ import pytest
 from fuxi_torchrec.checkpoint.research_adapter import encoder_from_reference, reference_grads, reference_params
 from fuxi_torchrec.encoders import mixing
 from fuxi_torchrec.errors import UserError
-from fuxi_torchrec.ops.token_mixing.dispatch import mix_tokens
+from fuxi_torchrec.ops.token_mixing.dispatch import mix_by_plan
 from tests.helpers.closeness import mixing_sizes
 from tests.helpers.golden import FILES, load
 
@@ -24,17 +24,17 @@ def sizes_of_time_functions(monkeypatch):
     """Fills a dictionary, after backward, with the size of what each time function's gradient sums: scalars may cancel."""
     sizes = {}
 
-    def mix_and_record(values_THd, layout, channels, gaps, implementation):
+    def mix_and_record(values_THd, channels, plan):
         def record(grad_THCd):
-            of_params = mixing_sizes(values_THd, layout, channels, gaps, grad_THCd)[2:]
+            of_params = mixing_sizes(values_THd, plan.layout, channels, plan.gaps, grad_THCd)[2:]
             named = [(name, p) for name, params in channels for p in params]
             sizes.update({p: size for (name, p), size in zip(named, of_params) if name != "positional"})
 
-        mixed_THCd = mix_tokens(values_THd, layout, channels, gaps, implementation)
+        mixed_THCd = mix_by_plan(values_THd, channels, plan)
         mixed_THCd.register_hook(record)
         return mixed_THCd
 
-    monkeypatch.setattr(mixing, "mix_tokens", mix_and_record)
+    monkeypatch.setattr(mixing, "mix_by_plan", mix_and_record)
     return sizes
 
 
