@@ -7,21 +7,23 @@ been read, so what was loaded counts only once all ranks have read all of theirs
 """
 
 import io
-import pickle
 import zlib
 from collections import deque
-from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
+from fuxi_torchrec.checkpoint.metadata import read_metadata
 from fuxi_torchrec.checkpoint.storage import BLOCK, CHUNK, Files
 
+METADATA = ".metadata"
 # Saved items below this are read whole and unpacked by torch.load.
 LARGE = 1 << 20
 
@@ -91,16 +93,27 @@ class Reader(FileSystemReader):
     def __init__(self, path: str, files: Dict[str, Dict[str, Any]]):
         super().__init__(path)
         self.fs, self.path, self.files = Files(), path, files
+        self._problem: Optional[Exception] = None
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
-        name = ".metadata"
-        memory = _Memory(bytearray(self._said_of(name)["bytes"]))
-        with self.fs.create_stream(self.fs.concat_path(self.path, name), "rb") as stream:
-            self._read(stream, name, [_Wanted(0, len(memory.view), memory)], [])
-        return pickle.loads(memory.view)
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Reads what was saved. What is wrong with it is raised by `set_up_storage_reader`, which DCP calls next: raised
+        here, DCP would print a traceback and look for it elsewhere."""
+        try:
+            return read_metadata(self._whole(METADATA))
+        except (OSError, ValueError) as error:
+            self._problem = error if isinstance(error, (OSError, Damaged)) else Damaged(f"{METADATA}: {error}")
+            return Metadata({})
+
+    def set_up_storage_reader(self, metadata: Metadata, *args: Any, **kwargs: Any) -> None:
+        if self._problem is not None:
+            raise self._problem
+        super().set_up_storage_reader(metadata, *args, **kwargs)
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Finds what is missing or cut short before any rank has read a value: DCP waits for all plans."""
+        """Finds what is missing, cut short or no tensor before any rank has read a value: DCP waits for all plans."""
+        for request in plan.items:
+            if request.type == LoadItemType.BYTE_IO:  # DCP would unpickle it
+                raise Damaged(f"{METADATA}: {request.dest_index.fqn} is no tensor")
         for name in self._by_file(plan):
             with self.fs.create_stream(self.fs.concat_path(self.path, name), "rb") as stream:
                 self._check_size(stream, name)
@@ -117,6 +130,12 @@ class Reader(FileSystemReader):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
         return True
+
+    def _whole(self, name: str) -> memoryview:
+        with self.fs.create_stream(self.fs.concat_path(self.path, name), "rb") as stream:
+            memory = _Memory(bytearray(self._check_size(stream, name)))
+            self._read(stream, name, [_Wanted(0, len(memory.view), memory)], [])
+        return memory.view
 
     def _by_file(self, plan: LoadPlan) -> Dict[str, List[ReadItem]]:
         by_file: Dict[str, List[ReadItem]] = {}
@@ -151,8 +170,6 @@ class Reader(FileSystemReader):
     def _large(self, stream: Any, request: ReadItem, planner: LoadPlanner) -> Any:
         """(where the bytes of a large tensor's wanted rows are in the file and where they go, where all of its values begin
         and end); None for what isn't a tensor of rows laid end to end."""
-        if request.type == LoadItemType.BYTE_IO:
-            return None
         info = self.storage_data[request.storage_index]
         with FakeTensorMode():  # reads no values, and says where they are
             stored = torch.load(self._slice_file(stream, info), map_location="cpu", weights_only=True)
@@ -215,11 +232,7 @@ class Reader(FileSystemReader):
 
 def _unpack(request: ReadItem, memory: _Memory, planner: LoadPlanner) -> None:
     """An item that was read whole goes where it belongs."""
-    data = io.BytesIO(memory.view)
-    if request.type == LoadItemType.BYTE_IO:
-        planner.load_bytes(request, data)
-        return
-    tensor = torch.load(data, map_location="cpu", weights_only=True)
+    tensor = torch.load(io.BytesIO(memory.view), map_location="cpu", weights_only=True)
     target = planner.resolve_tensor(request).detach()
     target.copy_(narrow_tensor_by_index(tensor, request.storage_offsets, request.lengths))
     planner.commit_tensor(request, target)
