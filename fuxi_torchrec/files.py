@@ -17,6 +17,16 @@ def file_aside(path: str) -> Iterator[str]:
             os.remove(aside)
 
 
+@contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Makes errors of writing to an open file tell which file it is: the system tells it of opening alone."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or path
+        raise
+
+
 def write_aside(path: str, text: str) -> None:
     """Writes a whole file or nothing."""
     with file_aside(path) as aside, open(aside, "w", encoding="utf-8") as file:

@@ -12,7 +12,7 @@ from rich.table import Table
 from fuxi_torchrec.bench.timing import BenchRow
 from fuxi_torchrec.files import file_aside, write_aside
 from fuxi_torchrec.profiling.stages import STAGES
-from fuxi_torchrec.run.reporting import console
+from fuxi_torchrec.run.reporting import print_table
 
 JSON_FILE, CSV_FILE, PLOT_FILE = "bench.json", "bench.csv", "bench.png"
 # A colour for every stage and for the rest, told apart in grey and by the colour-blind (Okabe and Ito's).
@@ -36,7 +36,7 @@ def show(rows: Sequence[BenchRow], machine: Dict[str, Any]) -> None:
         sizes = (f"{row.length:,}", f"{row.users:,}", f"{row.tokens:,}", f"{1000 * row.seconds:,.1f}")
         rates = (f"{row.tokens_per_second:,.0f}", f"{row.flops / 1e9:,.2f}", f"{row.mfu:.1%}", memory)
         table.add_row(row.encoder, *sizes, *stages, *rates)
-    console().print(table)
+    print_table(table)
 
 
 def write(rows: Sequence[BenchRow], machine: Dict[str, Any], config: Dict[str, Any], folder: str) -> List[str]:

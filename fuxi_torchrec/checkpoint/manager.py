@@ -163,8 +163,10 @@ class Checkpoints:
         except FAILURES as error:
             if is_lost(error):
                 raise
-            reason = f"checkpoint not saved ({_reason(error)}); the ones before are untouched"
-            raise UserError(f"{path}: {reason}") from error
+            raise UserError(
+                f"{path}: checkpoint not saved ({_reason(error)}); the ones before are untouched; once that is mended, "
+                "go on by --resume"
+            ) from error
         self._barrier()
 
     def _finish(self, name: str, marker: Dict[str, Any]) -> None:
@@ -302,5 +304,8 @@ def _reason(error: BaseException) -> str:
     failures = getattr(error, "failures", None)
     if failures:  # CheckpointException: rank -> (exception, traceback)
         causes = [failure[0] if isinstance(failure, tuple) else failure for failure in failures.values()]
-    text = str(causes[0]) or type(causes[0]).__name__
+    cause = causes[0]
+    if isinstance(cause, OSError) and cause.strerror:
+        return cause.strerror if cause.filename is None else f"{cause.strerror}: {cause.filename}"
+    text = str(cause) or type(cause).__name__
     return text.strip().splitlines()[-1][:200]

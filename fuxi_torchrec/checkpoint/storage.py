@@ -29,6 +29,7 @@ class _Counted:
 
     def __init__(self, stream: Any):
         self.stream, self.size, self.checksums = stream, 0, []
+        self.error: Optional[OSError] = None
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
@@ -38,7 +39,11 @@ class _Counted:
                 self.checksums.append(0)
             part = view[at : at + min(CHUNK, BLOCK - self.size % BLOCK)]
             self.checksums[-1] = zlib.crc32(part, self.checksums[-1])
-            self.stream.write(part)
+            try:
+                self.stream.write(part)
+            except OSError as error:
+                self.error = error
+                raise
             at += part.nbytes
             self.size += part.nbytes
         return view.nbytes
@@ -67,7 +72,11 @@ class Files(FileSystemBase):
                 yield stream
                 return
             counted = _Counted(stream)
-            yield counted
+            try:
+                yield counted
+            except RuntimeError as error:
+                # torch.save tells of a full disk in its zip writer's words: "unexpected pos".
+                raise counted.error or error from None
         self.written[os.path.basename(str(path))] = counted.written
 
     def concat_path(self, path: Any, suffix: str) -> str:

@@ -11,7 +11,7 @@ from fuxi_torchrec.config import Config
 from fuxi_torchrec.config.parsing import load_config, to_yaml
 from fuxi_torchrec.data.format import IDENTITY_FILE, DatasetIdentity, read_identity, same_data
 from fuxi_torchrec.errors import UserError
-from fuxi_torchrec.files import write_aside
+from fuxi_torchrec.files import naming, write_aside
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -101,7 +101,8 @@ class RunFolder:
 
     def append(self, line: Dict[str, Any]) -> None:
         """Adds one JSON object to metrics.jsonl."""
-        with open(self._file(METRICS_FILE), "a", encoding="utf-8") as file:
+        path = self._file(METRICS_FILE)
+        with naming(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def metrics(self) -> List[Dict[str, Any]]:

@@ -8,8 +8,10 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from fuxi_torchrec.run.folder import RunFolder
+from fuxi_torchrec.run.tensorboard import ScalarWriter
 
 TABLE_METRICS = ("ndcg@10", "ndcg@50", "hr@10", "hr@50", "mrr", "cross_entropy")
+WIDEST = 200
 
 
 class Progression:
@@ -22,12 +24,10 @@ class Progression:
     """
 
     def __init__(self, run: RunFolder, done: float, first_step: int, is_main: bool):
-        from torch.utils.tensorboard import SummaryWriter
-
         self.run, self.is_main = run, is_main
         self.console = Console(stderr=True)
-        self.writer = SummaryWriter(run.tensorboard, purge_step=first_step + 1 if first_step else None) if is_main else None
         self.bar: Optional[Progress] = None
+        self.curves = ScalarWriter(run.tensorboard, first_step, self.say) if is_main else None
         if is_main and self.console.is_terminal:
             columns = (BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
             self.bar = Progress(TextColumn("{task.description}"), *columns, console=self.console)
@@ -39,9 +39,8 @@ class Progression:
         if not self.is_main:
             return
         self.run.append(line)
-        for name in ("loss", "tokens_per_second", "mfu", "learning_rate"):
-            if name in line:
-                self.writer.add_scalar(f"train/{name}", line[name], line["step"])
+        shown = ("loss", "tokens_per_second", "mfu", "learning_rate")
+        self.curves.add({f"train/{name}": line[name] for name in shown if name in line}, line["step"])
         text = f"epoch {line['epoch']}  loss {line['loss']:.4f}  {line['tokens_per_second']:,.0f} tokens/s"
         if "mfu" in line:
             text += f"  MFU {line['mfu']:.1%}"
@@ -59,9 +58,8 @@ class Progression:
         if not self.is_main:
             return
         self.run.append(line)
-        for name, value in line.items():
-            if isinstance(value, float):
-                self.writer.add_scalar(f"{line['split']}/{name}", value, line["step"])
+        metrics = {f"{line['split']}/{name}": value for name, value in line.items() if isinstance(value, float)}
+        self.curves.add(metrics, line["step"])
         shown = "  ".join(f"{name} {line[name]:.4f}" for name in TABLE_METRICS if name in line)
         which = f"{line['checkpoint']} checkpoint, " if "checkpoint" in line else ""
         self.say(f"{which}epoch {line['epoch']}, {line['split']}:  {shown}")
@@ -79,8 +77,8 @@ class Progression:
         if self.bar:
             self.bar.stop()
             self.bar = None
-        if self.writer:
-            self.writer.close()
+        if self.curves:
+            self.curves.close()
 
 
 def print_results(rows: Dict[str, Dict[str, Any]], title: str) -> None:
@@ -95,7 +93,7 @@ def print_results(rows: Dict[str, Dict[str, Any]], title: str) -> None:
     for model, metrics in rows.items():
         table.add_row(model, *(f"{metrics[name]:.4f}" if name in metrics else "" for name in names))
     print(f"\n{title}")
-    console().print(table)
+    print_table(table)
     for model, metrics in rows.items():
         if "cross_entropy_floor" in metrics:
             above, error = metrics["cross_entropy_minus_floor"], metrics["cross_entropy_minus_floor_stderr"]
@@ -115,10 +113,12 @@ def print_recommendations(recommendations: Any) -> None:
         for row in rows:
             table.add_row(str(row["rank"]), str(row["item_id"]), row["title"], f"{row['score']:.3f}")
         print(f"\nuser {user}" if user != "history" else "\nhistory")
-        console().print(table)
+        print_table(table)
 
 
-def console() -> Console:
-    """For standard output."""
+def print_table(table: Table) -> None:
+    """Prints a table on standard output. A narrow terminal wraps its lines rather than cut a number short."""
+    console = Console()
+    needed = console.measure(table, options=console.options.update(width=WIDEST)).minimum
     # A pipe has no width: leave tables whole there.
-    return Console() if sys.stdout.isatty() else Console(width=200)
+    Console(width=max(console.width if sys.stdout.isatty() else WIDEST, needed)).print(table)

@@ -8,13 +8,13 @@ import json
 from dataclasses import dataclass
 from typing import Any, Dict, List, Tuple
 
-from rich.console import Console
 from rich.table import Table
 from torchrec.distributed.types import ShardingPlan
 
 from fuxi_torchrec.config import Config
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.model.recommender import build_model
+from fuxi_torchrec.run.reporting import print_table
 from fuxi_torchrec.sharding import memory_estimate, planner
 from fuxi_torchrec.sharding.memory_estimate import FLOAT_BYTES, ID_BYTES
 from fuxi_torchrec.sharding.plan import Shard, planned_shards, replicated_shards
@@ -198,7 +198,7 @@ def show(made: Report) -> None:
     for name, values in rows.items():
         numbers = (f"{max(values) / GIB:,.4f}", f"{sum(values) / len(values) / GIB:,.4f}", f"{imbalance(values):.2f}")
         table.add_row(name, *numbers)
-    Console(width=100).print(table)
+    print_table(table)
     if made.planner_ms:
         print(f"TorchRec's own estimate of a step's lookups and their exchange: {made.planner_ms:,.1f} ms")
     print("fits" if made.fits else f"does not fit: {made.reason}")
