@@ -117,7 +117,10 @@ def print_recommendations(recommendations: Any) -> None:
 
 
 def print_table(table: Table) -> None:
-    """Prints a table on standard output. A narrow terminal wraps its lines rather than cut a number short."""
+    """Prints a table on standard output. Titles alone are wrapped: on a narrow terminal a line goes on below, and no
+    number is cut short."""
+    for column in table.columns:
+        column.no_wrap = column.header != "title"
     console = Console()
     needed = console.measure(table, options=console.options.update(width=WIDEST)).minimum
     # A pipe has no width: leave tables whole there.
