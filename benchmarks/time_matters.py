@@ -41,7 +41,7 @@ def main() -> None:
         above, error = line["cross_entropy_minus_floor"], line["cross_entropy_minus_floor_stderr"]
         print(f"| {name} | {line['cross_entropy']:.4f} | {above:.4f} ± {error:.4f} | {line['ndcg@10']:.4f} |")
     print(f"| floor | {line['cross_entropy_floor']:.4f} | 0 | |")
-    with open(os.path.join(options.folder, "results.json"), "w") as file:
+    with open(os.path.join(options.folder, "results.json"), "w", encoding="utf-8") as file:
         json.dump(results, file, indent=2)
 
 

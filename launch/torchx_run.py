@@ -59,7 +59,8 @@ def check_slurm(partition: Optional[str], dryrun: bool) -> None:
         if dryrun:
             return
         raise UserError("no Slurm here (sbatch is not on the PATH); submit from a login node, or look with --dryrun")
-    said = subprocess.run(["sinfo", "--noheader", "--format", "%P"], capture_output=True, text=True, timeout=60, check=False)
+    command = ["sinfo", "--noheader", "--format", "%P"]
+    said = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=60, check=False)
     if said.returncode != 0:
         if dryrun:
             return

@@ -69,7 +69,7 @@ def main() -> None:
         ratio = median / medians[options.configs[0]]
         print(f"{path}: {median:.4f} s (quickest {min(seconds[path]):.4f}), {ratio:.3f} of the first")
     if options.output:
-        with open(options.output, "w") as file:
+        with open(options.output, "w", encoding="utf-8") as file:
             json.dump({"threads": torch.get_num_threads(), "seconds": seconds}, file, indent=1)
 
 

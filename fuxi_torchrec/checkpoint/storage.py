@@ -150,7 +150,7 @@ def read_marker(folder: str) -> Optional[Dict[str, Any]]:
     path = join(folder, MARKER)
     if not path_manager().exists(path):
         return None
-    with path_manager().open(path, "r") as file:
+    with path_manager().open(path, "rb") as file:
         marker = json.load(file)
     if not isinstance(marker, dict) or not isinstance(marker.get("files"), dict):
         raise ValueError("no list of files")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import os
 import sys
 from typing import Any, Dict, List, NoReturn, Optional
 
@@ -20,7 +21,20 @@ class OneLineParser(ArgumentParser):
     """A parser whose complaints are one line and exit code 2, and that takes no abbreviated options."""
 
     def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+        super().__init__(*args, **{"allow_abbrev": False, "print_config": None, **kwargs})
+
+    def add_argument(self, *names: Any, **options: Any) -> Any:
+        """Adds an option; one --with-dashes is taken --with_underscores as well, which the help does not list."""
+        action = super().add_argument(*names, **options)
+        for name in names:
+            if name.startswith("--"):
+                self._option_string_actions.setdefault("--" + name[2:].replace("-", "_"), action)
+        return action
+
+    def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Parses a config file, which is UTF-8: jsonargparse's own reading takes the locale's encoding."""
+        with open(path, encoding="utf-8") as file:
+            return self.parse_string(file.read(), os.path.basename(path), *args, **kwargs)
 
     def error(self, message: str, ex: Optional[Exception] = None) -> NoReturn:
         line = " ".join(part.strip() for part in str(message).splitlines() if part.strip())

@@ -72,7 +72,7 @@ def read_identity(folder: str) -> DatasetIdentity:
             "or name another folder with --data.path"
         )
     try:
-        with path_manager().open(path, "r") as file:
+        with path_manager().open(path, "rb") as file:
             values = json.load(file)
         version = values["schema_version"]
     except (ValueError, KeyError, TypeError) as error:

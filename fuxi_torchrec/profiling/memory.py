@@ -24,7 +24,7 @@ class PeakMemory:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         elif self.before is not None:
-            with open("/proc/self/clear_refs", "w") as file:
+            with open("/proc/self/clear_refs", "w", encoding="utf-8") as file:
                 file.write("5")  # forgets the peak so far (proc(5))
 
     def peak(self) -> Optional[int]:
@@ -38,7 +38,7 @@ class PeakMemory:
         if self.device.type == "cuda":
             return torch.cuda.memory_allocated(self.device)
         try:
-            with open("/proc/self/clear_refs", "w"):
+            with open("/proc/self/clear_refs", "w", encoding="utf-8"):
                 return _status("VmRSS")
         except OSError:
             return None
@@ -49,14 +49,14 @@ def available(device: torch.device) -> Optional[int]:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
-        with open("/proc/meminfo") as file:
+        with open("/proc/meminfo", encoding="utf-8") as file:
             return _kilobytes(file, "MemAvailable")
     except OSError:
         return None
 
 
 def _status(field: str) -> int:
-    with open("/proc/self/status") as file:
+    with open("/proc/self/status", encoding="utf-8") as file:
         return _kilobytes(file, field)
 
 

@@ -229,7 +229,7 @@ def only_one(folder: str) -> Iterator[None]:
     """Raises UserError where another process runs a sweep in this folder."""
     try:
         os.makedirs(folder, exist_ok=True)
-        lock = open(os.path.join(folder, LOCK_FILE), "a")
+        lock = open(os.path.join(folder, LOCK_FILE), "a", encoding="utf-8")
     except OSError as error:
         raise UserError(f"--output: {folder}: cannot be written ({error.strerror}); name another folder") from None
     with lock:
