@@ -43,6 +43,9 @@ def bench(arguments: List[str]) -> int:
     parser.add_argument("--device", type=str, default=None, help="auto, cpu or cuda: trainer.device.")
     parser.add_argument("--output", type=str, default=os.path.join("runs", "bench"), help="Folder of the files it writes.")
     add_config_arguments(parser)
+    if not arguments:
+        example = "fuxi-torchrec bench --encoders fuxi_beta,sasrec --lengths 128,512"
+        raise UserError(f"bench: takes minutes and the whole machine; say what to time, as in '{example}' (see --help)")
     config, options = parse_options(parser, arguments)
     if options.device is not None:
         if options.device not in ("auto", "cpu", "cuda"):

@@ -1,10 +1,12 @@
 """`fuxi-torchrec evaluate`."""
 
+import json
 import sys
-from typing import List
+from typing import Any, Dict, List
 
 from fuxi_torchrec.cli.output import _print_splits, _write
 from fuxi_torchrec.errors import UserError
+from fuxi_torchrec.files import write_aside
 
 
 def _evaluate(arguments: List[str]) -> int:
@@ -26,20 +28,21 @@ def _evaluate(arguments: List[str]) -> int:
         if options.split not in splits:
             raise UserError(f"--split {options.split}: this run's data.split has {' and '.join(splits)}")
         metrics = evaluate(saved.model, saved.dataset, saved.config, options.split, saved.world)
-        popular = popularity(saved.dataset, saved.config, options.split, saved.world)
-        if not saved.world.is_main:
-            return 0
         line = {"split": options.split, "step": saved.step, "epoch": saved.epoch, "checkpoint": options.checkpoint}
-        results = {options.split: metrics, f"popularity {options.split}": popular}
-        _print_splits(results, saved.dataset, saved.config, options.run)
-        try:
-            saved.run.append({**line, **metrics, "command": "evaluate"})
-        except OSError as error:  # somebody else's run may be evaluated
-            print(f"not added to {options.run}'s metrics.jsonl: {error.strerror}", file=sys.stderr)
-        if options.output:
-            import json
-
-            from fuxi_torchrec.files import write_aside
-
-            _write(options.output, lambda: write_aside(options.output, json.dumps({**line, **metrics}, indent=2) + "\n"))
+        if saved.world.is_main:
+            _keep(saved, {**line, **metrics}, options)
+        popular = popularity(saved.dataset, saved.config, options.split, saved.world)
+        if saved.world.is_main:
+            results = {options.split: metrics, f"popularity {options.split}": popular}
+            _print_splits(results, saved.dataset, saved.config, options.run)
     return 0
+
+
+def _keep(saved: Any, line: Dict[str, Any], options: Any) -> None:
+    """Writes the metrics into the run's folder, and where --output says: before they are shown, which may fail."""
+    try:
+        saved.run.append({**line, "command": "evaluate"})
+    except OSError as error:  # somebody else's run may be evaluated
+        print(f"not added to {options.run}'s metrics.jsonl: {error.strerror}", file=sys.stderr)
+    if options.output:
+        _write(options.output, lambda: write_aside(options.output, json.dumps(line, indent=2) + "\n"))

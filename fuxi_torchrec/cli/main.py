@@ -9,6 +9,7 @@ from typing import Callable, Dict, List, Optional
 from fuxi_torchrec import __version__
 from fuxi_torchrec.cli.evaluate import _evaluate
 from fuxi_torchrec.cli.recommend import _recommend
+from fuxi_torchrec.cli.streams import run_on_streams
 from fuxi_torchrec.cli.train import _train
 from fuxi_torchrec.errors import LostProcess, UserError
 
@@ -28,8 +29,12 @@ BEYOND_OUR_CONTROL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, err
 
 def main(arguments: Optional[List[str]] = None) -> int:
     """Runs a command. Exit codes: 0 done, 1 another process was lost, 2 the user's mistake (one line, no traceback),
-    128 + n stopped by signal n."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    128 + n stopped by signal n, or as if (141: the reader of the output went away)."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    return run_on_streams(lambda: _run(words))
+
+
+def _run(arguments: List[str]) -> int:
     # Before torch is imported: its C++ side would warn on every rank of what is as it should be (a search for unused
     # parameters that found none). Set it to WARNING to see all.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -100,12 +105,6 @@ def _prepare(arguments: List[str]) -> int:
     return 0
 
 
-
-
-
-
-
-
 def _plan(arguments: List[str]) -> int:
     from fuxi_torchrec.cli.plan import plan
 
@@ -128,14 +127,6 @@ def _export_reference(arguments: List[str]) -> int:
     from fuxi_torchrec.cli.research_checkpoint import export_reference
 
     return export_reference(arguments)
-
-
-
-
-
-
-
-
 
 
 if __name__ == "__main__":
