@@ -17,6 +17,7 @@ import re
 import sys
 from typing import Any, Dict, List, Optional
 
+from fuxi_torchrec.cli.streams import run_on_streams
 from fuxi_torchrec.config.parsing import load_config
 from fuxi_torchrec.data.format import read_identity
 from fuxi_torchrec.errors import UserError
@@ -174,4 +175,4 @@ def main(arguments: Optional[List[str]] = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_on_streams(main))

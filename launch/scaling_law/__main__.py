@@ -11,6 +11,7 @@ import sys
 from dataclasses import asdict
 from typing import Any, Dict, List, Optional, Tuple
 
+from fuxi_torchrec.cli.streams import run_on_streams
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.files import write_aside
 from launch.scaling_law.fit import PARAMETERS
@@ -137,4 +138,4 @@ def main(arguments: Optional[List[str]] = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_on_streams(main))

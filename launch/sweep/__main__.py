@@ -5,6 +5,7 @@ import sys
 from dataclasses import fields
 from typing import Any, List, Optional
 
+from fuxi_torchrec.cli.streams import run_on_streams
 from fuxi_torchrec.errors import UserError
 from launch.place import Place
 from launch.sweep.plan import read_plan
@@ -65,4 +66,4 @@ def _report(ended: Ended, folder: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_on_streams(main))
