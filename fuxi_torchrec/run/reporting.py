@@ -14,6 +14,11 @@ TABLE_METRICS = ("ndcg@10", "ndcg@50", "hr@10", "hr@50", "mrr", "cross_entropy")
 WIDEST = 200
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # the command line ends quietly, with a code that says so; rich would exit with 1
+
+
 class Progression:
     """Reports a training run; silent on every rank but 0.
 
@@ -25,7 +30,7 @@ class Progression:
 
     def __init__(self, run: RunFolder, done: float, first_step: int, is_main: bool):
         self.run, self.is_main = run, is_main
-        self.console = Console(stderr=True)
+        self.console = _Console(stderr=True)
         self.bar: Optional[Progress] = None
         self.curves = ScalarWriter(run.tensorboard, first_step, self.say) if is_main else None
         if is_main and self.console.is_terminal:
@@ -121,7 +126,7 @@ def print_table(table: Table) -> None:
     number is cut short."""
     for column in table.columns:
         column.no_wrap = column.header != "title"
-    console = Console()
+    console = _Console()
     needed = console.measure(table, options=console.options.update(width=WIDEST)).minimum
     # A pipe has no width: leave tables whole there.
-    Console(width=max(console.width if sys.stdout.isatty() else WIDEST, needed)).print(table)
+    _Console(width=max(console.width if sys.stdout.isatty() else WIDEST, needed)).print(table)
