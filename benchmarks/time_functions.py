@@ -13,11 +13,11 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
-from benchmarks.reproduce_plots import LONGEST_GAP, TIMES, time_map  # noqa: E402
-from benchmarks.reproduce_records import channel_weights  # noqa: E402
+from benchmarks.reproduce.plots import LONGEST_GAP, TIMES, time_map  # noqa: E402
+from benchmarks.reproduce.records import channel_weights  # noqa: E402
 from fuxi_torchrec.errors import UserError  # noqa: E402
-from fuxi_torchrec.run_folder import RunFolder  # noqa: E402
-from fuxi_torchrec.saved import open_model  # noqa: E402
+from fuxi_torchrec.evaluation.load_model import open_model  # noqa: E402
+from fuxi_torchrec.run.folder import RunFolder  # noqa: E402
 
 
 def main() -> None:
