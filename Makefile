@@ -12,6 +12,8 @@ DEVICE ?= $(shell $(or $(PYTHON),false) -c 'import ctypes; ctypes.CDLL("libnvidi
 # GB, which runs on a CPU too; PyTorch's own CPU index has a CPU build of 0.2 GB: make TORCH_INDEX=<its address> smoke
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
+# The documentation's tools have an environment of their own: none of them belongs into the product's.
+DOCS_VENV := .venv-docs
 
 PYTHON := $(PYTHON)
 DEVICE := $(DEVICE)
@@ -20,7 +22,7 @@ INSTALLED := $(VENV)/.installed-$(DEVICE)
 OTHER_FBGEMM := $(if $(filter cuda,$(DEVICE)),fbgemm-gpu-cpu,fbgemm-gpu)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help install smoke test sanitize narrow slurm lint clean
+.PHONY: help install smoke test sanitize narrow slurm lint docs clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -57,14 +59,19 @@ lint: $(INSTALLED)  ## ruff, and the contract of who may import whom (pyproject.
 	$(BIN)/ruff check .
 	PYTHONPATH=. $(BIN)/lint-imports --no-logo
 
+docs: $(DOCS_VENV)/.installed  ## the documentation as a site with search, into site/ (in an environment of its own)
+	@$(DOCS_VENV)/bin/python docs/assemble.py build/docs
+	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
+	@echo "The site is in site/; read it with: python3 -m http.server --directory site"
+
 clean:  ## remove the virtual environment and caches (also what to do before another PYTHON is used)
-	rm -rf $(if $(wildcard $(VENV)/pyvenv.cfg),$(VENV)) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(if $(wildcard $(VENV)/pyvenv.cfg),$(VENV)) $(DOCS_VENV) build site *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last, so an interrupted installation is taken up again. A new top-level package needs its place in
 # the editable installation, hence the __init__ files. Both builds of fbgemm fill the same folder,
 # and torch differs too: after a change of DEVICE the environment starts empty.
-$(INSTALLED): setup.py pyproject.toml $(wildcard */__init__.py) $(wildcard requirements/*.txt)
+$(INSTALLED): setup.py pyproject.toml $(wildcard */__init__.py) $(filter-out %/docs.txt,$(wildcard requirements/*.txt))
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.10 to 3.14 with the venv module found; name one: make PYTHON=/path/to/python3.11" \
 		"(Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
 	@case "$(DEVICE)" in cpu|cuda) ;; *) echo "error: DEVICE=$(DEVICE): must be cpu or cuda" >&2; exit 1;; esac
@@ -77,4 +84,10 @@ $(INSTALLED): setup.py pyproject.toml $(wildcard */__init__.py) $(wildcard requi
 		-r requirements/launch.txt -r requirements/dev.txt
 	@$(PIP) install --no-deps -r requirements/$(DEVICE).txt
 	@PYTHONWARNINGS=ignore $(PIP) install --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(DOCS_VENV)/.installed: requirements/docs.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python found; name one: make PYTHON=/path/to/python3.11 docs" >&2; exit 1; }
+	@$(PYTHON) -m venv --clear $(DOCS_VENV)
+	@$(DOCS_VENV)/bin/python -m pip --disable-pip-version-check --quiet install -r requirements/docs.txt
 	@touch $@
