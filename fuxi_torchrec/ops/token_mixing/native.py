@@ -12,11 +12,10 @@ from torch import Tensor
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.ops.jagged import JaggedLayout, row_tasks
 from fuxi_torchrec.ops.native import library as native
+from fuxi_torchrec.ops.token_mixing.registry import CHANNELS, NATIVE
 from fuxi_torchrec.ops.token_mixing.time_gaps import TimeGaps, Times
 from fuxi_torchrec.ops.token_mixing.time_maps import Channel
 
-FORMS = ("pow", "exp")
-"""Temporal channels that the kernels know."""
 TASK_ROWS = 96
 """Rows of one user's maps that a thread takes at a time; a multiple of the kernel's tile of 3 or 6."""
 
@@ -27,8 +26,8 @@ def mix_native(
     """See `token_mixing.mix_tokens`."""
     if not supports(values_THd, channels):
         raise UserError(
-            f"model.token_mixing: native needs a CPU, float32, a C compiler, and one temporal channel of {FORMS} at most; "
-            "auto takes what can be had"
+            "model.token_mixing: native needs a CPU, float32, a C compiler, and at most one temporal channel, of "
+            f"{_known_forms()}; auto takes what can be had"
         )
     kinds = " ".join(name for name, _ in channels)
     times = [] if gaps is None else list(gaps.times[:2])
@@ -39,10 +38,18 @@ def mix_native(
 
 def supports(values_THd: Tensor, channels: Sequence[Channel]) -> bool:
     names = [name for name, _ in channels]
-    known = all(name in ("positional", "zero", *FORMS) for name in names)
+    known = all(NATIVE in CHANNELS[name].versions for name in names)
     # The kernels take one channel of each kind.
-    single = names.count("positional") <= 1 and sum(name in FORMS for name in names) <= 1
+    single = names.count("positional") <= 1 and sum(_is_temporal(name) for name in names) <= 1
     return known and single and native.takes(values_THd, *(p for _, ps in channels for p in ps))
+
+
+def _is_temporal(name: str) -> bool:
+    return CHANNELS[name].time_map is not None
+
+
+def _known_forms() -> str:
+    return ", ".join(name for name, record in CHANNELS.items() if NATIVE in record.versions and record.time_map)
 
 
 def forward_of_users(
@@ -178,10 +185,10 @@ def _by_kind(names, params):
     """(positional weights, name and parameters of the temporal channel), None where there is none."""
     start, weight_N, temporal = 0, None, None
     for name in names:
-        count = {"positional": 1, "zero": 0}.get(name, 2)
+        count = len(CHANNELS[name].parameters)
         if name == "positional":
             weight_N = params[start]
-        elif name != "zero":
+        elif _is_temporal(name):
             temporal = (name, params[start : start + count])
         start += count
     return weight_N, temporal
@@ -244,7 +251,7 @@ def _parameter_gradients(names, params, grad_lags: Tensor, sums_2: Tensor) -> Li
             grad_N = torch.zeros_like(weight_N)
             grad_N[: len(grad_lags)] = grad_lags
             gradients.append(grad_N)
-        elif name != "zero":
+        elif _is_temporal(name):
             a, b = temporal[1]
             slope = sums_2[1].float() * -a
             gradients += [sums_2[0].float().view_as(a), (slope if name == "pow" else slope * b.exp()).view_as(b)]
