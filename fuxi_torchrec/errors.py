@@ -9,12 +9,20 @@ class UserError(Exception):
 
     Attributes:
         told: another process has printed it already.
+        code: the command's exit code.
     """
 
     told = False
+    code = 2
 
 
 class LostProcess(Exception):
     """Another process of the run died or hangs; the exit code is 1. `told` as in UserError."""
 
     told = False
+
+
+class FolderInUse(UserError):
+    """Another process writes to the same folder. Nothing was done, and the same command may work later."""
+
+    code = 75  # EX_TEMPFAIL of sysexits.h
