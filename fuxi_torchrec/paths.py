@@ -1,5 +1,6 @@
 """Every path the user names goes through iopath, so that a bucket or an address works where a folder does."""
 
+import os
 from functools import cache
 
 
@@ -18,6 +19,16 @@ def path_manager():
     else:
         manager.register_handler(S3PathHandler())
     return manager
+
+
+def is_address(path: str) -> bool:
+    """Tells whether a path names a bucket or another address, by its scheme."""
+    return "://" in path
+
+
+def absolute(path: str) -> str:
+    """Makes a local path absolute; addresses stay as they are."""
+    return path if is_address(path) else os.path.abspath(path)
 
 
 def join(folder: str, *names: str) -> str:

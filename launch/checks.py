@@ -9,15 +9,15 @@ import time
 from typing import TYPE_CHECKING, Any, List, Optional
 
 from fuxi_torchrec.config import Config
-from fuxi_torchrec.config.parsing import OneLineParser, load_config
+from fuxi_torchrec.config.parsing import PATHS, OneLineParser, load_config
 from fuxi_torchrec.config.rules import check_table
 from fuxi_torchrec.errors import UserError
+from fuxi_torchrec.paths import absolute, is_address
 
 if TYPE_CHECKING:
     from launch.place import Place
 
-# Keys and options that hold paths: relative ones mean the folder that the job is submitted from, wherever it runs.
-CONFIG_PATHS = ("data.path", "trainer.checkpoint_folder")
+# Options that hold paths: relative ones mean the folder that the job is submitted from, wherever it runs.
 PREPARE_PATHS = ("--source", "--output", "--item-titles", "--item_titles")
 
 
@@ -45,17 +45,16 @@ def with_absolute_paths(overrides: List[str], loaded: Config, place: "Place") ->
     """The overrides with the config's relative paths made absolute: a job may run in a copy of this folder."""
     if place.image is not None:
         return overrides
-    for key in CONFIG_PATHS:
-        section, name = key.split(".")
-        value = getattr(getattr(loaded, section), name)
+    for section, name in PATHS:
+        key, value = f"--{section}.{name}", getattr(getattr(loaded, section), name)
         if value and absolute(value) != value:
-            overrides = [*_without(overrides, f"--{key}"), f"--{key}", absolute(value)]
+            overrides = [*_without(overrides, key), key, absolute(value)]
     return overrides
 
 
 def run_folder(config_path: str, output: Optional[str], resume: bool, place: "Place") -> str:
     """The run folder's full path. By default runs/CONFIG-DATE-TIME, so that two submissions never meet."""
-    if output is not None and "://" in output:
+    if output is not None and is_address(output):
         raise UserError(f"--output: {output}: a run folder is no bucket; checkpoints can be: -- --trainer.checkpoint_folder")
     name = os.path.splitext(os.path.basename(config_path))[0]
     if place.image is not None:
@@ -92,11 +91,6 @@ def preparation(arguments: List[str], place: "Place") -> List[str]:
     return _absolute_values(arguments, PREPARE_PATHS)
 
 
-
-
-def absolute(path: str) -> str:
-    """Addresses of buckets stay as they are."""
-    return path if "://" in path else os.path.abspath(path)
 
 
 def _inside_image(output: Optional[str], name: str, place: "Place") -> str:

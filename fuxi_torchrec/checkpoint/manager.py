@@ -28,6 +28,7 @@ from fuxi_torchrec.distributed.failures import is_lost
 from fuxi_torchrec.distributed.world import World
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.paths import join, path_manager
+from fuxi_torchrec.run.folder import CONFIG_FILE, RunFolder
 
 # DCP warns of the ShardedTensors that TorchRec gives it, at every save; nothing a user could do about it.
 warnings.filterwarnings("ignore", message="Please use DTensor instead", category=FutureWarning)
@@ -46,6 +47,7 @@ class Checkpoints:
         config, num_items: what makes a model; a checkpoint of another one is refused by name of the differing key.
         beside: file name -> text, kept in every checkpoint beside config.yaml.
         trained_by: what decides the optimizer state's shapes, by key; going on with another is refused by that key.
+        run: where the last completed checkpoint is recorded, and what must still be this process's; None to read only.
     """
 
     def __init__(
@@ -56,16 +58,17 @@ class Checkpoints:
         world: World,
         beside: Optional[Dict[str, str]] = None,
         trained_by: Optional[Dict[str, Any]] = None,
+        run: Optional[RunFolder] = None,
     ):
         self.folder, self.world = config.trainer.checkpoint_folder or folder, world
         self.keep = config.trainer.keep_checkpoints
-        self.beside = {"config.yaml": to_yaml(config), **(beside or {})}
+        self.beside = {CONFIG_FILE: to_yaml(config), **(beside or {})}
         self.identity = {
             **{f"model.{key}": value for key, value in vars(config.model).items()},
             "model.padded_length": config.padded_length,
             "num_items": num_items,
         }
-        self.trained_by = trained_by or {}
+        self.trained_by, self.run = trained_by or {}, run
         wanted = config.trainer.async_checkpoint
         self.in_background = wanted if wanted is not None else world.device.type == "cuda"
         self.timeout = timedelta(minutes=config.trainer.timeout_minutes)
@@ -128,14 +131,17 @@ class Checkpoints:
         """Loads the newest checkpoint that is whole, and tells `say` in one line of every one that isn't.
 
         Nothing of a damaged one is left: what its reading has overwritten the one before overwrites again, all of it.
-        Returns its state; None where no checkpoint was ever completed. Raises UserError where all of them are damaged.
+        Returns its state, with its "config" as plain values; None where no checkpoint was ever completed. Raises UserError
+        where all of them are damaged.
         """
         damaged = 0
         for name in self._agreed(storage.folders, self.folder):
             marker, problem = self._read(name, model, optimizer)
             if not problem:
                 self.best = marker["best"]
-                return marker
+                if self.run and self.world.is_main:
+                    self.run.note_saved(join(self.folder, name))
+                return {**marker, "config": self._agreed(storage.read_config, join(self.folder, name))}
             say(f"{join(self.folder, name)}: {problem}; the one before is used")
             damaged += not problem.startswith("not complete")
         if damaged:
@@ -152,6 +158,7 @@ class Checkpoints:
         path = join(self.folder, name)
         try:
             if self.world.is_main:
+                self._confirm()
                 storage.remove(path)
                 path_manager().mkdirs(path)
             self._barrier()
@@ -177,12 +184,19 @@ class Checkpoints:
                 f"{path}: checkpoint not complete, since {unseen}, which another rank wrote, cannot be seen from rank 0; "
                 "keep checkpoints in a folder that all ranks share (--output, trainer.checkpoint_folder)"
             )
+        self._confirm()
         for file, text in self.beside.items():
             marker["files"][file] = storage.write_text(join(path, file), text)
         storage.write_text(join(path, storage.MARKER), json.dumps(marker, indent=2))
         index = {"last": name, "best": marker["best"], "best_value": marker["best_value"]}
         storage.write_text(join(self.folder, INDEX_FILE), json.dumps(index, indent=2))
+        if self.run:
+            self.run.note_saved(path)
         self._prune(name, marker["best"])
+
+    def _confirm(self) -> None:
+        if self.run:
+            self.run.confirm()
 
     def _prune(self, newest: str, best: Optional[str]) -> None:
         """Leaves the newest few and the best. What is later than the newest is of a future that was given up."""

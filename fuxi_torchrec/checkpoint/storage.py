@@ -14,9 +14,11 @@ from contextlib import contextmanager
 from typing import Any, Dict, Iterable, Iterator, List, Optional
 
 import torch
+import yaml
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, FileSystemBase, FileSystemWriter
 
 from fuxi_torchrec.paths import join, path_manager
+from fuxi_torchrec.run.folder import CONFIG_FILE
 
 MARKER = "complete.json"
 PATIENCE = 10.0
@@ -155,6 +157,12 @@ def read_marker(folder: str) -> Optional[Dict[str, Any]]:
     if not isinstance(marker, dict) or not isinstance(marker.get("files"), dict):
         raise ValueError("no list of files")
     return marker
+
+
+def read_config(folder: str) -> Dict[str, Any]:
+    """Reads the plain values, {section: {key: value}}, of the config that a checkpoint was made under."""
+    with path_manager().open(join(folder, CONFIG_FILE), "r") as file:
+        return yaml.safe_load(file)
 
 
 def write_text(path: str, text: str) -> Dict[str, Any]:

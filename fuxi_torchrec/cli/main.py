@@ -28,8 +28,9 @@ BEYOND_OUR_CONTROL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, err
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
-    """Runs a command. Exit codes: 0 done, 1 another process was lost, 2 the user's mistake (one line, no traceback),
-    128 + n stopped by signal n, or as if (141: the reader of the output went away)."""
+    """Runs a command. Exit codes: 0 done, 1 another process was lost, 2 the user's mistake (one line, no traceback), 75
+    another process writes to the same folder (the same command may work later), 128 + n stopped by signal n, or as if
+    (141: the reader of the output went away)."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     return run_on_streams(lambda: _run(words))
 
@@ -60,7 +61,8 @@ def _run(arguments: List[str]) -> int:
             raise UserError(f"unknown command {command!r}; the commands are {', '.join(COMMANDS)}")
         return handlers[command](rest)
     except UserError as error:
-        return _complain(str(error), error.told)
+        _complain(str(error), error.told)
+        return error.code
     except LostProcess as error:
         if not error.told:
             print(f"error: {error}", file=sys.stderr)

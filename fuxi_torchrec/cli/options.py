@@ -1,7 +1,8 @@
 """The options of every command that uses a run's saved model. No torch until `saved_model` is called."""
 
-import os
 from typing import Any
+
+from fuxi_torchrec.paths import absolute
 
 
 def add_model_options(parser: Any) -> None:
@@ -17,7 +18,7 @@ def saved_model(options: Any) -> Any:
 
     run = RunFolder.open(options.run)
     path = options.data.path
-    overrides = [] if path is None else ["--data.path", path if "://" in path else os.path.abspath(path)]
+    overrides = [] if path is None else ["--data.path", absolute(path)]
     if options.device is not None:
         overrides += ["--trainer.device", options.device]
     config = run.config(overrides)

@@ -7,7 +7,7 @@ from typing import Any, Dict, List, Mapping, Optional
 
 from fuxi_torchrec.cli.options import add_model_options, saved_model
 from fuxi_torchrec.config import Config
-from fuxi_torchrec.config.parsing import OneLineParser, add_config_arguments, parse_config
+from fuxi_torchrec.config.parsing import OneLineParser, add_config_arguments, make_paths_absolute, parse_config
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.versions import check_environment
 
@@ -42,8 +42,7 @@ def import_reference(arguments: List[str]) -> int:
             raise UserError(f"import-reference: give {name}, the {'run folder' if name == '--output' else 'data set'}")
     from fuxi_torchrec.data.format import read_identity
 
-    if "://" not in config.data.path:
-        config.data.path = os.path.abspath(config.data.path)
+    make_paths_absolute(config)
     read_identity(config.data.path)
     check_environment(config.trainer.device)
     _import(options.checkpoint, config, options.output)

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import ExitStack
 from typing import Any, List
 
 from fuxi_torchrec.cli.output import _print_splits
@@ -37,11 +38,11 @@ def _train(arguments: List[str]) -> int:
 
 
 def _run_training(config: Any, output: str, resume: bool, profile: bool) -> int:
+    from fuxi_torchrec.config.parsing import make_paths_absolute
     from fuxi_torchrec.config.rules import check_table
     from fuxi_torchrec.data.format import read_identity
 
-    if "://" not in config.data.path:
-        config.data.path = os.path.abspath(config.data.path)
+    make_paths_absolute(config)
     read_identity(config.data.path)  # before the seconds that importing torch takes
     from fuxi_torchrec.versions import check_environment
 
@@ -59,12 +60,13 @@ def _run_training(config: Any, output: str, resume: bool, profile: bool) -> int:
     if trainer.compile:
         check_compiler(device_type(trainer.device))
     world_of_all = start_world(trainer.device, trainer.timeout_minutes)
-    with recorded_outcome() as outcome, world_of_all as world, fail_together(world):
+    # The folder is given back last: until then its outcome is this run's.
+    with ExitStack() as owned, recorded_outcome() as outcome, world_of_all as world, fail_together(world):
         dataset = SequenceDataset(config.data.path)
         check_same_start(world, config.to_dict(), output, dataset.identity.content_checksum)
         check_enough_data(dataset, world.size)
         check_splits(dataset, config.data)
-        run, resume = _start_run(output, config, dataset, resume, world)
+        run, resume = _start_run(output, config, dataset, resume, world, owned)
         if world.is_main:
             outcome.begin(run)
         training = Trainer(config, dataset, run, world, resume, profile)
@@ -81,11 +83,11 @@ def _run_training(config: Any, output: str, resume: bool, profile: bool) -> int:
     return 0
 
 
-def _start_run(output: str, config: Any, dataset: Any, resume: bool, world: Any) -> Any:
-    """The run's folder, which rank 0 makes, and whether the run is resumed."""
+def _start_run(output: str, config: Any, dataset: Any, resume: bool, world: Any, owned: ExitStack) -> Any:
+    """The run's folder, which rank 0 makes and owns until `owned` is closed, and whether the run is resumed."""
     from fuxi_torchrec.run.folder import RunFolder
 
     run = RunFolder(output)
     if world.is_main:
-        run, resume = RunFolder.start(output, config, dataset.identity, resume)
+        run, resume = RunFolder.start(output, config, dataset.identity, resume, owned)
     return run, world.from_main(resume)

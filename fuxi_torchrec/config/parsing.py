@@ -12,6 +12,10 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from fuxi_torchrec.config.rules import check
 from fuxi_torchrec.config.schema import Config
 from fuxi_torchrec.errors import UserError
+from fuxi_torchrec.paths import absolute
+
+# Keys that hold paths. In a file that is kept they are absolute: it is read from other folders too.
+PATHS = (("data", "path"), ("trainer", "checkpoint_folder"))
 
 # The docstrings under the config's fields are the help of their options.
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -105,6 +109,14 @@ def load_config(path: str, overrides: Optional[List[str]] = None) -> Config:
     parser = OneLineParser(prog="fuxi-torchrec train")
     add_config_arguments(parser)
     return parse_config(parser, path, overrides or [])[0]
+
+
+def make_paths_absolute(config: Config) -> None:
+    """Makes the config's relative paths absolute: those of a command line mean the folder that it is typed in."""
+    for section, name in PATHS:
+        values = getattr(config, section)
+        if getattr(values, name):
+            setattr(values, name, absolute(getattr(values, name)))
 
 
 def to_yaml(config: Config) -> str:

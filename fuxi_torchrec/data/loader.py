@@ -6,11 +6,11 @@ of an epoch can be dealt again to another number of ranks: no user is seen twice
 """
 
 from dataclasses import replace
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Tuple
 
 import numpy as np
 
-from fuxi_torchrec.config import DataConfig
+from fuxi_torchrec.config import Config, DataConfig
 from fuxi_torchrec.data.batch import SequenceBatch, collate
 from fuxi_torchrec.data.batch_sampler import (
     Buffer,
@@ -24,6 +24,42 @@ from fuxi_torchrec.data.batch_sampler import (
 from fuxi_torchrec.data.dataset import SequenceDataset, UserRows, concatenate
 from fuxi_torchrec.data.negative_sampler import NegativeSampler
 from fuxi_torchrec.data.splits import Windows, windows
+from fuxi_torchrec.errors import UserError
+
+# What decides the order of an epoch's users, and which users it has.
+EPOCH_ORDER = (
+    ("trainer", "seed"),
+    ("data", "shuffle_buffer"),
+    ("data", "max_sequence_length"),
+    ("data", "split"),
+    ("data", "temporal_cutoffs"),
+)
+
+
+def check_same_order(where: str, state: Dict[str, Any], config: Config) -> None:
+    """Raises UserError, naming the key, where an epoch would go on in another order than it was begun in: users would be
+    seen twice, others not at all. Between epochs the order may change.
+
+    Args:
+        where: named in the message.
+        state: a checkpoint's, with the "config" that it was made under.
+        config: the one to go on with.
+    """
+    positions = [Position(**position) for position in state["positions"]]
+    if not is_inside_epoch(positions):
+        return
+    for section, key in EPOCH_ORDER:
+        was, wanted = state["config"][section].get(key), getattr(getattr(config, section), key)
+        if was != wanted:
+            raise UserError(
+                f"{where}: {section}.{key} was {was} when epoch {positions[0].epoch + 1} was begun, not {wanted}; in the "
+                "middle of an epoch that would leave users out and train on others twice: change it at an epoch's end"
+            )
+
+
+def is_inside_epoch(positions: Iterable[Position]) -> bool:
+    """Tells whether any rank has taken a user of the epoch."""
+    return any(position.buffer or position.taken for position in positions)
 
 
 def positions_after(state: Dict[str, Any], rank: int, world_size: int) -> Tuple[Position, List[List[Position]]]:
@@ -35,7 +71,7 @@ def positions_after(state: Dict[str, Any], rank: int, world_size: int) -> Tuple[
     deals = [[Position(**position) for position in world] for world in state["deals"]]
     epoch = positions[0].epoch
     deals = [world for world in deals if world[0].epoch == epoch]
-    if len(positions) == world_size or not any(position.buffer or position.taken for position in positions):
+    if len(positions) == world_size or not is_inside_epoch(positions):
         return positions[rank % len(positions)], deals
     return Position(epoch=epoch, step=positions[0].step), [*deals, positions]
 

@@ -1,20 +1,26 @@
-"""The folder of a run: config.yaml, dataset.json, metrics.jsonl, tensorboard/, checkpoints/, profile/.
+"""The folder of a run: config.yaml, dataset.json, metrics.jsonl, saved.json, tensorboard/, checkpoints/, profile/.
 
-Only rank 0 writes here; whole files are written aside and renamed, metrics.jsonl grows line by line.
+Only rank 0 of the one job that owns the folder (lock/) writes here; whole files are written aside and renamed,
+metrics.jsonl grows line by line.
 """
 
 import json
 import os
+from contextlib import ExitStack
 from typing import Any, Dict, List, Optional, Tuple
 
 from fuxi_torchrec.config import Config
 from fuxi_torchrec.config.parsing import load_config, to_yaml
 from fuxi_torchrec.data.format import IDENTITY_FILE, DatasetIdentity, read_identity, same_data
 from fuxi_torchrec.errors import UserError
-from fuxi_torchrec.files import naming, write_aside
+from fuxi_torchrec.files import file_aside, naming, write_aside
+from fuxi_torchrec.paths import absolute, is_address, join
+from fuxi_torchrec.run.lock import Lock
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
+SAVED_FILE = "saved.json"  # the last checkpoint that was completed; it stays when checkpoints/ is moved away
+LOCK_FOLDER = "lock"
 # What a resumed run must not change: its best so far was found under these.
 KEPT_ON_RESUME = (
     ("data", "split"),
@@ -34,6 +40,7 @@ class RunFolder:
         self.checkpoints = os.path.join(path, "checkpoints")
         self.tensorboard = os.path.join(path, "tensorboard")
         self.profile = os.path.join(path, "profile")
+        self._locks: List[Lock] = []
 
     @classmethod
     def create(cls, path: str, config: Config, identity: DatasetIdentity, resume: bool) -> "RunFolder":
@@ -41,20 +48,66 @@ class RunFolder:
 
         Raises UserError where a run is already there."""
         run = cls(path)
-        existing = run._file(CONFIG_FILE)
-        if os.path.exists(existing) and not resume:
-            raise UserError(f"{path}: a run is already here; go on with it by --resume, or name another --output")
-        if os.path.exists(existing):
-            run.check_same(config, identity)
+        run._check_start(config, identity, resume)
         try:
             os.makedirs(path, exist_ok=True)
             if launch_id() is not None:
                 write_aside(run._file(LAUNCH_FILE), launch_id())
-            if not os.path.exists(existing):  # else the trainer does, once a checkpoint has been found to fit
+            if not run._exists():  # else the trainer does, once a checkpoint has been found to fit
+                run.note_saved(None)
                 run.describe(config, identity)
         except OSError as error:
             raise UserError(f"{path}: cannot write the run folder ({error.strerror})") from None
         return run
+
+    @classmethod
+    def start(
+        cls, path: str, config: Config, identity: DatasetIdentity, resume: bool, owned: Optional[ExitStack] = None
+    ) -> Tuple["RunFolder", bool]:
+        """Does as `create`, where a restart of the launch that made the run (by torchrun after a lost worker, by Slurm
+        after a requeue) goes on without being told to. Returns the run, and whether it is resumed.
+
+        owned: holds the locks of all that the run writes, from here until it is closed; None takes none.
+        """
+        run = cls(path)
+        locks = run._lock(config) if owned is not None else []
+        if locks:
+            run._check_start(config, identity, run._resumes(resume))  # a mistake is told before anybody is waited for
+        for lock in locks:
+            try:
+                owned.enter_context(lock)
+            except OSError as error:
+                raise UserError(f"{lock.what}: cannot be written ({error.strerror or error})") from None
+        resume = run._resumes(resume)
+        run = cls.create(path, config, identity, resume)
+        run._locks = locks
+        return run, resume
+
+    def _lock(self, config: Config) -> List[Lock]:
+        """The locks of this folder, and of the checkpoints' where that is another."""
+        elsewhere = config.trainer.checkpoint_folder
+        return [Lock(join(folder, LOCK_FOLDER), folder) for folder in (self.path, elsewhere) if folder]
+
+    def _check_start(self, config: Config, identity: DatasetIdentity, resume: bool) -> None:
+        if self._exists() and not resume:
+            raise UserError(f"{self.path}: a run is already here; go on with it by --resume, or name another --output")
+        if self._exists():
+            self.check_same(config, identity)
+
+    def _resumes(self, asked: bool) -> bool:
+        file = self._file(LAUNCH_FILE)
+        if asked or not is_restart() or not os.path.exists(file):
+            return asked
+        with open(file, encoding="utf-8") as text:
+            return text.read() == launch_id()
+
+    def _exists(self) -> bool:
+        return os.path.isfile(self._file(CONFIG_FILE))
+
+    def confirm(self) -> None:
+        """Ends the process if another one has taken over what it writes (Lock.confirm)."""
+        for lock in self._locks:
+            lock.confirm()
 
     def check_same(self, config: Config, identity: DatasetIdentity) -> None:
         """Raises UserError where going on with this run would mix two data sets, splits or metrics under one name."""
@@ -75,43 +128,78 @@ class RunFolder:
         write_aside(self._file(IDENTITY_FILE), identity.to_json())
 
     @classmethod
-    def start(cls, path: str, config: Config, identity: DatasetIdentity, resume: bool) -> Tuple["RunFolder", bool]:
-        """`create`, where a restart of the launch that made the run (by torchrun after a lost worker, by Slurm after a
-        requeue) goes on without being told to. Returns the run, and whether it is resumed."""
-        file = cls(path)._file(LAUNCH_FILE)
-        if is_restart() and os.path.exists(file):
-            with open(file, encoding="utf-8") as text:
-                resume = resume or text.read() == launch_id()
-        return cls.create(path, config, identity, resume), resume
-
-    @classmethod
     def open(cls, path: str) -> "RunFolder":
         """An existing run's folder. Raises UserError where there is none."""
         run = cls(path)
-        if not os.path.isfile(run._file(CONFIG_FILE)):
+        if not run._exists():
             raise UserError(f"{path}: no run here ({CONFIG_FILE} is missing); name the --output of a 'train'")
         return run
 
     def config(self, overrides: Optional[List[str]] = None) -> Config:
-        return load_config(self._file(CONFIG_FILE), overrides)
+        """Reads the run's config, with dotted options on top."""
+        config = load_config(self._file(CONFIG_FILE), overrides)
+        kept = config.trainer.checkpoint_folder
+        if kept and absolute(kept) != kept:
+            config.trainer.checkpoint_folder = self._found(kept)
+        return config
+
+    def _found(self, relative: str) -> str:
+        """Resolves a relative folder of checkpoints, as older runs have it: it lies beside the run or above it, since both
+        were named from one folder, or where the user is now."""
+        above = os.path.abspath(self.path)
+        while not os.path.isdir(os.path.join(above, relative)):
+            if os.path.dirname(above) == above:
+                return absolute(relative)
+            above = os.path.dirname(above)
+        return os.path.join(above, relative)
+
+    def note_saved(self, checkpoint: Optional[str]) -> None:
+        """Records the last completed checkpoint outside of the folder of checkpoints; None: there was none yet."""
+        kept = checkpoint
+        if checkpoint is not None and not is_address(checkpoint):
+            inside = os.path.relpath(checkpoint, self.path)
+            kept = absolute(checkpoint) if inside.startswith("..") else inside
+        write_aside(self._file(SAVED_FILE), json.dumps({"checkpoint": kept}) + "\n")
+
+    def refuse_lost_checkpoints(self, folder: str) -> None:
+        """Raises UserError where a checkpoint was completed once, of which nothing is left in `folder`: to begin again
+        would throw the run away. A run that was killed before its first save begins again."""
+        lost = self._last_saved()
+        if lost:
+            raise UserError(
+                f"{folder}: no checkpoint here, but this run has saved one ({lost}); put its checkpoints back, mount or "
+                "name their folder (trainer.checkpoint_folder), or train to another --output"
+            )
+        self.note_saved(None)
+
+    def _last_saved(self) -> Optional[str]:
+        try:
+            with open(self._file(SAVED_FILE), encoding="utf-8") as file:
+                return json.load(file)["checkpoint"]
+        except FileNotFoundError:  # an older run: it saved what it had evaluated
+            evaluated = [line for line in self.metrics() if "split" in line and "command" not in line]
+            return f"after its evaluation at step {evaluated[-1].get('step')}" if evaluated else None
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{self._file(SAVED_FILE)}: cannot be read; remove it to start again from nothing") from None
 
     def identity(self) -> DatasetIdentity:
         """Identity of the data set that the run was trained on."""
         return read_identity(self.path)
 
     def append(self, line: Dict[str, Any]) -> None:
-        """Adds one JSON object to metrics.jsonl."""
+        """Adds one JSON object to metrics.jsonl, by one write: an evaluation may add its line while the run goes on."""
+        self.confirm()
         path = self._file(METRICS_FILE)
-        with naming(path), open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        with naming(path), open(path, "ab", buffering=0) as file:
+            file.write(f"{json.dumps(line)}\n".encode())
 
     def metrics(self) -> List[Dict[str, Any]]:
-        """The lines of metrics.jsonl; a last line that a killed process left incomplete is skipped."""
+        """Reads the lines of metrics.jsonl; one that is damaged, as a killed process may leave its last, is skipped."""
         path = self._file(METRICS_FILE)
         if not os.path.exists(path):
             return []
         lines = []
-        with open(path, encoding="utf-8") as file:
+        with open(path, "rb") as file:
             for text in file:
                 try:
                     lines.append(json.loads(text))
@@ -130,9 +218,10 @@ class RunFolder:
         if not os.path.exists(path):
             return
         with open(path, "rb") as file:
-            kept, rest = file.read(size).decode(), file.read()
+            kept, rest = file.read(size), file.read()
         commands = [line for line in rest.splitlines() if b'"command"' in line]  # evaluations asked for by hand
-        write_aside(path, kept + "".join(line.decode() + "\n" for line in commands))
+        with file_aside(path) as aside, open(aside, "wb") as file:
+            file.write(kept + b"".join(line + b"\n" for line in commands))
 
     def _file(self, name: str) -> str:
         return os.path.join(self.path, name)

@@ -27,7 +27,7 @@ from dataclasses import asdict
 from typing import Any, Callable, List, Optional, Tuple
 
 from fuxi_torchrec.errors import FolderInUse
-from fuxi_torchrec.paths import join, path_manager
+from fuxi_torchrec.paths import is_address, join, path_manager
 from fuxi_torchrec.run.owner import Owner, this_process
 
 PERIOD = 10.0  # seconds between heartbeats
@@ -107,7 +107,7 @@ class Lock:
         with suppress(OSError):
             if self._is_mine():
                 path_manager().rm(self._file(self.number))
-            if not _is_address(self.folder):
+            if not is_address(self.folder):
                 os.rmdir(self.folder)
 
     def _is_gone(self, holder: Optional[Owner]) -> bool:
@@ -129,7 +129,7 @@ class Lock:
         return True
 
     def _make(self, path: str) -> bool:
-        if _is_address(path):
+        if is_address(path):
             if path_manager().exists(path):
                 return False
             self._write(path, "w")
@@ -157,7 +157,7 @@ class Lock:
             try:
                 if self._is_mine():
                     self.beats += 1
-                    self._write(self._file(self.number), "w" if _is_address(self.folder) else "r+")
+                    self._write(self._file(self.number), "w" if is_address(self.folder) else "r+")
                     self._seen = _clock()
                     return
             except FileNotFoundError:
@@ -165,7 +165,8 @@ class Lock:
             except OSError:
                 return  # a file system that fails for a while; another process tells by the heartbeat
             if not self._released.is_set():
-                self.on_lost(f"{self.what}: taken over by {_owner_in(self._newest()[1]) or 'another process'}")
+                self.on_lost(f"{self.what}: taken over by {_owner_in(self._newest()[1]) or 'another process'}; nothing more "
+                             "is written here")  # fmt: skip
 
     def _is_mine(self) -> bool:
         number, text = self._newest()
@@ -179,7 +180,7 @@ class Lock:
         return 0, ""
 
     def _numbers(self) -> List[int]:
-        if _is_address(self.folder) and not path_manager().isdir(self.folder):
+        if is_address(self.folder) and not path_manager().isdir(self.folder):
             return []
         try:
             return [int(name) for name in path_manager().ls(self.folder) if name.isdigit()]
@@ -202,10 +203,6 @@ def _owner_in(text: str) -> Optional[Owner]:
 def _read(path: str) -> str:
     with path_manager().open(path, "r") as file:
         return file.read()
-
-
-def _is_address(path: str) -> bool:
-    return "://" in path
 
 
 def _clock() -> float:

@@ -16,7 +16,7 @@ from fuxi_torchrec.checkpoint.manager import Checkpoints
 from fuxi_torchrec.config import Config, evaluation_splits
 from fuxi_torchrec.data.batch import SequenceBatch
 from fuxi_torchrec.data.dataset import SequenceDataset
-from fuxi_torchrec.data.loader import Position, TrainingStream, positions_after
+from fuxi_torchrec.data.loader import Position, TrainingStream, check_same_order, positions_after
 from fuxi_torchrec.data.negative_sampler import NegativeSampler, training_frequency
 from fuxi_torchrec.data.prefetch import pinned, prefetch, prefetch_depth
 from fuxi_torchrec.distributed.failures import Interrupted, signals
@@ -84,7 +84,7 @@ class Trainer:
         self.stream = TrainingStream(dataset, config.data, sampler, seed, world.rank, world.size)
         plan, table = self.model.plan, self.table
         beside = {PLAN_FILE: plan_record(plan, table, num_items, config.model.embedding_dim, world.size)}
-        self.checkpoints = Checkpoints(run.checkpoints, config, num_items, world, beside, trained_by(plan, table))
+        self.checkpoints = Checkpoints(run.checkpoints, config, num_items, world, beside, trained_by(plan, table), run)
         self.record = StepRecord(world, peak_flops(config.trainer, world.device))
         self.reads_every_step = world.device.type == "cpu"  # where it costs nothing
         self.state = RunState(config, dataset.identity.num_users)
@@ -301,7 +301,11 @@ class Trainer:
         state = self.checkpoints.load_newest(self.model, self.optimizer, self._say)
         if state and state["dataset"] != self.dataset.identity.content_checksum:
             raise UserError(f"{self.run.path}: its checkpoints were made on another data set; name that by --data.path")
+        if state:
+            check_same_order(self.run.path, state, self.config)
         if self.world.is_main:
+            if state is None:
+                self.run.refuse_lost_checkpoints(self.checkpoints.folder)
             self.run.forget_after(state["metrics_bytes"] if state else 0)
         if state is None:
             return

@@ -1,5 +1,6 @@
 """The loader: every training event once an epoch, any number of ranks, exact resume, nothing else in memory."""
 
+import dataclasses
 import itertools
 from collections import Counter
 
@@ -12,7 +13,7 @@ from fuxi_torchrec.config import DataConfig, LossConfig
 from fuxi_torchrec.data.batch import EVENTS, NEGATIVES
 from fuxi_torchrec.data.batch_sampler import even_order
 from fuxi_torchrec.data.dataset import SequenceDataset
-from fuxi_torchrec.data.loader import Position, TrainingStream, evaluation_batches, positions_after
+from fuxi_torchrec.data.loader import EPOCH_ORDER, Position, TrainingStream, evaluation_batches, positions_after
 from fuxi_torchrec.data.negative_sampler import NegativeSampler, SharedNegatives
 from fuxi_torchrec.data.prefetch import prefetch
 from fuxi_torchrec.data.splits import windows
@@ -41,17 +42,46 @@ def contents(batch):
     return [tensor.tolist() for tensor in tensors] + [batch.user_ids_B.tolist()]
 
 
+def trainable(folder):
+    """Users that have a training position."""
+    dataset = SequenceDataset(folder)
+    groups = (windows(dataset.read(group), DataConfig(), "train") for group in dataset.row_groups)
+    return {user for found in groups for user in found.user_ids_U.tolist()}
+
+
+# Of the settings of data that EPOCH_ORDER does not name, so that they may change inside an epoch.
+CHANGES = {"batch_size": 5, "tokens_per_batch": 60, "prefetch": 1}
+
+
+@pytest.mark.parametrize("key", [field.name for field in dataclasses.fields(DataConfig) if field.name != "path"])
+@pytest.mark.parametrize("shuffle_buffer", [30, 1000])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_an_epoch_that_goes_on_otherwise_sees_every_user_once_or_is_refused(
+    small_dataset, world_size, shuffle_buffer, key
+):
+    if key not in CHANGES:
+        assert ("data", key) in EPOCH_ORDER
+        return
+    seen = Counter()
+    for rank in range(world_size):
+        position = Position()
+        begun = stream(small_dataset, rank, world_size, shuffle_buffer=shuffle_buffer).epoch(position)
+        for batch in itertools.islice(begun, 4):
+            seen.update(batch.user_ids_B.tolist())
+            position = batch.position
+        changed = {"shuffle_buffer": shuffle_buffer, key: CHANGES[key]}
+        for batch in stream(small_dataset, rank, world_size, **changed).epoch(position):
+            seen.update(batch.user_ids_B.tolist())
+    assert set(seen.values()) == {1} and set(seen) == trainable(small_dataset)
+
+
 @pytest.mark.parametrize("world_size", [1, 3, 50])
 def test_every_trainable_user_is_seen_once_an_epoch_at_any_world_size(small_dataset, world_size):
-    dataset = SequenceDataset(small_dataset)
-    expected = Counter()
-    for group in dataset.row_groups:
-        expected.update(windows(dataset.read(group), DataConfig(), "train").user_ids_U.tolist())
     seen = Counter()
     for rank in range(world_size):
         for batch in stream(small_dataset, rank, world_size).epoch(Position()):
             seen.update(batch.user_ids_B.tolist())
-    assert seen == expected and set(seen.values()) == {1}
+    assert set(seen) == trainable(small_dataset) and set(seen.values()) == {1}
 
 
 def test_epochs_differ_and_repeat_exactly(small_dataset):
