@@ -47,21 +47,30 @@ def _run_training(config: Any, output: str, resume: bool, profile: bool) -> int:
     from fuxi_torchrec.versions import check_environment
 
     check_environment(config.trainer.device)
-    from fuxi_torchrec.data.dataset import SequenceDataset, check_enough_data
-    from fuxi_torchrec.data.splits import check_splits
-    from fuxi_torchrec.distributed.failures import Interrupted, check_same_start, fail_together
-    from fuxi_torchrec.distributed.world import device_type, start_world
-    from fuxi_torchrec.run.outcome import recorded_outcome
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    from fuxi_torchrec.distributed.world import device_type
     from fuxi_torchrec.training.compile import check_compiler
-    from fuxi_torchrec.training.trainer import Trainer
 
     trainer = config.trainer
     check_table(config, device_type(trainer.device))
     if trainer.compile:
         check_compiler(device_type(trainer.device))
-    world_of_all = start_world(trainer.device, trainer.timeout_minutes)
+    return record(_train_together)(config, output, resume, profile)
+
+
+def _train_together(config: Any, output: str, resume: bool, profile: bool) -> int:
+    """Trains among all processes; whatever escapes is recorded in the run's outcome, and for torchrun by `record`."""
+    from fuxi_torchrec.data.dataset import SequenceDataset, check_enough_data
+    from fuxi_torchrec.data.splits import check_splits
+    from fuxi_torchrec.distributed.failures import Interrupted, check_same_start, fail_together
+    from fuxi_torchrec.distributed.world import start_world
+    from fuxi_torchrec.run.outcome import recorded_outcome
+    from fuxi_torchrec.training.trainer import Trainer
+
+    world_of_all = start_world(config.trainer.device, config.trainer.timeout_minutes)
     # The folder is given back last: until then its outcome is this run's.
-    with ExitStack() as owned, recorded_outcome() as outcome, world_of_all as world, fail_together(world):
+    with ExitStack() as owned, recorded_outcome() as outcome, world_of_all as world, fail_together(world, outcome.fail):
         dataset = SequenceDataset(config.data.path)
         check_same_start(world, config.to_dict(), output, dataset.identity.content_checksum)
         check_enough_data(dataset, world.size)

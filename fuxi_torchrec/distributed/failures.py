@@ -12,11 +12,12 @@ import sys
 import threading
 import time
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from fuxi_torchrec.distributed.world import World
 from fuxi_torchrec.errors import LostProcess, UserError
@@ -53,17 +54,20 @@ def signals() -> Iterator[List[int]]:
 
 
 @contextmanager
-def fail_together(world: World) -> Iterator[None]:
+def fail_together(world: World, on_failure: Callable[[str], None] = lambda reason: None) -> Iterator[None]:
     """Around everything that a process group does: any rank's error ends all of them, and one rank tells it.
 
     A UserError of another rank is printed by rank 0 as "rank k: …"; a rank that died or hangs becomes a LostProcess.
+
+    on_failure: called on rank 0 with the reason where its main thread, which waits for the rank that failed, cannot be
+        ended by an exception, just before the process ends.
     """
     if world.size == 1:
         yield
         return
     store = dist.distributed_c10d._get_default_store().clone()  # a connection of its own: the group's may be waiting
     store.set_timeout(timedelta(seconds=PATIENCE))
-    watch = _Watch(store) if world.is_main else None
+    watch = _Watch(store, on_failure) if world.is_main else None
     try:
         yield
     except Exception as error:
@@ -79,8 +83,9 @@ def fail_together(world: World) -> Iterator[None]:
 class _Watch(threading.Thread):
     """Rank 0 listening for an error of another rank, whatever its main thread waits for."""
 
-    def __init__(self, store: dist.Store):
+    def __init__(self, store: dist.Store, on_failure: Callable[[str], None]):
         super().__init__(daemon=True, name="watch")
+        self.on_failure = on_failure
         self.store, self.ended, self.telling = store, threading.Event(), threading.Lock()
         self.start()
 
@@ -103,7 +108,11 @@ class _Watch(threading.Thread):
             if self.ended.is_set():
                 return
             failed = json.loads(self.store.get(FAILED))
-            print(f"error: rank {failed['rank']}: {failed['message']}", file=sys.stderr, flush=True)
+            reason = f"rank {failed['rank']}: {failed['message']}"
+            print(f"error: {reason}", file=sys.stderr, flush=True)
+            with suppress(Exception):  # a full disk: the process is to end all the same
+                self.on_failure(reason)
+                get_error_handler().record_exception(UserError(reason))  # torchrun's, as `record` does for exceptions
             self.store.set(HEARD, "")
             time.sleep(0.5)  # or the rank that waits to be heard finds the store gone, and c10d prints its stack
             os._exit(failed["code"])  # the main thread may be waiting for the rank that failed, and never return

@@ -85,8 +85,9 @@ class RunFolder:
 
     def _lock(self, config: Config) -> List[Lock]:
         """The locks of this folder, and of the checkpoints' where that is another."""
-        elsewhere = config.trainer.checkpoint_folder
-        return [Lock(join(folder, LOCK_FOLDER), folder) for folder in (self.path, elsewhere) if folder]
+        folders = filter(None, (self.path, config.trainer.checkpoint_folder))
+        by_place = {folder if is_address(folder) else os.path.realpath(folder): folder for folder in folders}
+        return [Lock(join(folder, LOCK_FOLDER), folder) for folder in by_place.values()]
 
     def _check_start(self, config: Config, identity: DatasetIdentity, resume: bool) -> None:
         if self._exists() and not resume:

@@ -34,6 +34,10 @@ class OutcomeRecord:
         with suppress(FileNotFoundError):
             os.remove(self.path)
 
+    def fail(self, reason: str) -> None:
+        """Records a failure."""
+        self.end("failed", reason)
+
     def end(self, status: str, reason: str = "", **facts: Any) -> None:
         if self.path is not None:
             write_aside(self.path, json.dumps({"status": status, "reason": reason, **facts}, indent=2) + "\n")

@@ -9,6 +9,7 @@ import pytest
 from data_pipelines.events import prepare_events
 from fuxi_torchrec.distributed.world import start_world
 from fuxi_torchrec.errors import LostProcess
+from fuxi_torchrec.run.outcome import read_outcome
 from tests.conftest import write_events
 from tests.helpers.launches import Launch, Ranks
 
@@ -65,6 +66,25 @@ def test_a_checkpoint_of_another_model_or_schema(small_dataset, trained, tmp_pat
     check(Ranks(tmp_path, small_dataset, tmp_path / "run", "--resume", *options), says)
     # A refused start leaves the run as it was.
     assert (tmp_path / "run" / "config.yaml").read_text() == (trained / "config.yaml").read_text()
+
+
+STUCK = f"""
+import time
+from fuxi_torchrec.errors import UserError
+from fuxi_torchrec.training import Trainer
+def fail(self, batch, stop):
+    {RANK_1}raise UserError('a mistake in the middle')
+    time.sleep(600)
+Trainer._step = fail
+"""
+
+
+def test_the_outcome_tells_why_another_rank_failed_while_rank_0_is_stuck(small_dataset, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    run = tmp_path / "run"
+    check(Ranks(tmp_path, small_dataset, run, before=STUCK), "rank 1: a mistake in the middle")
+    assert read_outcome(str(run)) == {"status": "failed", "reason": "rank 1: a mistake in the middle"}
+    assert "a mistake in the middle" in json.loads((tmp_path / "error.json").read_text())["message"]["message"]
 
 
 def check(ranks, says):

@@ -15,7 +15,7 @@ def stuck(self, batch, stop):
     return fast(self, batch, stop)
 Trainer._step = stuck
 """
-RUN = ("--resume", "--trainer.max_epochs", "2")
+RUN = ("--resume", "--trainer.max_epochs", "1")
 
 
 def test_two_jobs_on_one_run_folder_do_not_mix(small_dataset, tmp_path):
