@@ -14,6 +14,7 @@ import torch
 
 from fuxi_torchrec.checkpoint.manager import Checkpoints
 from fuxi_torchrec.config import Config, evaluation_splits
+from fuxi_torchrec.config.unused import Resolved, unused_keys
 from fuxi_torchrec.data.batch import SequenceBatch
 from fuxi_torchrec.data.dataset import SequenceDataset
 from fuxi_torchrec.data.loader import Position, TrainingStream, check_same_order, positions_after
@@ -75,6 +76,7 @@ class Trainer:
         seed, num_items = config.trainer.seed, dataset.identity.num_items
         torch.manual_seed(seed)
         self.model, self.table = build_distributed(config, dataset.identity, world)
+        self._tell_unused()
         if config.trainer.compile:
             compile_blocks(self.model.module.tower.encoder)
         self.optimizer = build_optimizer(self.model, config.optimizer, self.table.rate_ratio)
@@ -311,6 +313,13 @@ class Trainer:
             return
         position, self.stream.deals = positions_after(state, self.world.rank, self.world.size)
         self.state.restore(state, position)
+
+    def _tell_unused(self) -> None:
+        """Names the keys that were set without any effect, in one line."""
+        resolved = Resolved(self.table.is_sharded, self.world.device.type, self.world.size)
+        keys = unused_keys(self.config, resolved)
+        if keys:
+            self._say(f"not used by this run: {', '.join(keys)}")
 
     def _say(self, text: str) -> None:
         if self.world.is_main:
