@@ -2,6 +2,7 @@
 
 import os
 from functools import cache
+from typing import List
 
 
 @cache
@@ -34,3 +35,21 @@ def absolute(path: str) -> str:
 def join(folder: str, *names: str) -> str:
     """Joins with '/', which is right for local paths and for addresses with a scheme."""
     return "/".join([folder.rstrip("/"), *names])
+
+
+def make_folder(folder: str) -> None:
+    """Makes a folder and those above it; a bucket has none to be made."""
+    if not is_address(folder):
+        os.makedirs(folder, exist_ok=True)
+
+
+def names_in(folder: str) -> List[str]:
+    """Lists the names in a folder, in any order; none where there is no such folder."""
+    if not is_address(folder):
+        try:
+            return os.listdir(folder)
+        except (FileNotFoundError, NotADirectoryError):  # and no other: a disk that fails for a moment is not empty
+            return []
+    place = join(folder, "")  # iopath's S3 takes a folder by its '/', and answers with whole keys
+    keys = path_manager().ls(place)
+    return [key.rstrip("/").rpartition("/")[2] for key in keys if not (key.endswith("/") and place.endswith(key))]

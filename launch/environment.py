@@ -9,14 +9,16 @@ from typing import Dict, List, Optional
 
 from torchx.specs import macros
 
+from fuxi_torchrec.run.lock import GRACE
+
 # How long the nodes of a job wait for each other, at first and after a restart (a node may still be pulling its image).
 JOIN_SECONDS = 900
 # How long an agent waits for the store on the first node to answer.
 STORE_SECONDS = 600
 # From SIGTERM until torchrun kills its workers, who finish their step and save meanwhile. A scheduler's own patience has
 # to be longer: Kubernetes is told (GRACE_SECONDS), Slurm's KillWait is the administrator's and 30 s unless changed.
-SAVE_SECONDS = 100
-GRACE_SECONDS = SAVE_SECONDS + 20
+GRACE_SECONDS = int(GRACE)
+SAVE_SECONDS = GRACE_SECONDS - 20
 
 
 def environment(cores: Optional[int], processes: int, given: Optional[Dict[str, str]]) -> Dict[str, str]:

@@ -42,3 +42,16 @@ def kernels(request, monkeypatch):
     elif native.library() is None:
         pytest.skip("no C compiler here")
     return request.param
+
+
+@pytest.fixture
+def bucket(tmp_path):
+    """The folder where what is written to bucket:// lies."""
+    from fuxi_torchrec.paths import path_manager
+    from tests.helpers.bucket import Bucket
+
+    (tmp_path / "bucket").mkdir()
+    path_manager.cache_clear()  # handlers cannot be taken back, so this manager is thrown away afterwards
+    path_manager().register_handler(Bucket(str(tmp_path / "bucket")), allow_override=True)
+    yield tmp_path / "bucket"
+    path_manager.cache_clear()

@@ -27,7 +27,7 @@ from fuxi_torchrec.config.parsing import to_yaml
 from fuxi_torchrec.distributed.failures import is_lost
 from fuxi_torchrec.distributed.world import World
 from fuxi_torchrec.errors import UserError
-from fuxi_torchrec.paths import join, path_manager
+from fuxi_torchrec.paths import join, make_folder, names_in, path_manager
 from fuxi_torchrec.run.folder import CONFIG_FILE, RunFolder
 
 # DCP warns of the ShardedTensors that TorchRec gives it, at every save; nothing a user could do about it.
@@ -160,7 +160,7 @@ class Checkpoints:
             if self.world.is_main:
                 self._confirm()
                 storage.remove(path)
-                path_manager().mkdirs(path)
+                make_folder(path)
             self._barrier()
             writer = storage.Writer(path)
             dcp.save(tensors, storage_writer=writer, process_group=self._group)
@@ -308,7 +308,7 @@ def _marker(path: str) -> Any:
         marker = storage.read_marker(path)
     except (OSError, ValueError):
         return None, f"damaged checkpoint ({storage.MARKER} cannot be read)"
-    if marker is None and path_manager().isdir(path):
+    if marker is None and names_in(path):
         return None, f"not complete ({storage.MARKER} is missing: saving was cut off)"
     return marker, None if marker is not None else "no checkpoint here"
 

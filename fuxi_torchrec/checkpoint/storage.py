@@ -17,7 +17,7 @@ import torch
 import yaml
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, FileSystemBase, FileSystemWriter
 
-from fuxi_torchrec.paths import join, path_manager
+from fuxi_torchrec.paths import is_address, join, make_folder, names_in, path_manager
 from fuxi_torchrec.run.folder import CONFIG_FILE
 
 MARKER = "complete.json"
@@ -91,7 +91,7 @@ class Files(FileSystemBase):
         raise NotImplementedError("a bucket has no rename")
 
     def mkdir(self, path: Any) -> None:
-        path_manager().mkdirs(str(path))
+        make_folder(str(path))
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
@@ -141,10 +141,7 @@ class Writer(FileSystemWriter):
 
 def folders(parent: str) -> List[str]:
     """Names of the checkpoint folders, complete or not, the newest first."""
-    manager = path_manager()
-    if not manager.isdir(parent):
-        return []
-    return sorted((name for name in manager.ls(parent) if name.startswith("step-")), reverse=True)
+    return sorted((name for name in names_in(parent) if name.startswith("step-")), reverse=True)
 
 
 def read_marker(folder: str) -> Optional[Dict[str, Any]]:
@@ -192,8 +189,8 @@ def remove(folder: str) -> None:
     manager = path_manager()
     if manager.exists(join(folder, MARKER)):
         manager.rm(join(folder, MARKER))
-    if "://" not in folder:
+    if not is_address(folder):
         shutil.rmtree(folder, ignore_errors=True)
-    elif manager.isdir(folder):
-        for name in manager.ls(folder):
-            manager.rm(join(folder, name))
+        return
+    for name in names_in(folder):
+        manager.rm(join(folder, name))

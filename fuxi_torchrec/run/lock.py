@@ -27,7 +27,7 @@ from dataclasses import asdict
 from typing import Any, Callable, List, Optional, Tuple
 
 from fuxi_torchrec.errors import FolderInUse
-from fuxi_torchrec.paths import is_address, join, path_manager
+from fuxi_torchrec.paths import is_address, join, make_folder, names_in, path_manager
 from fuxi_torchrec.run.owner import Owner, this_process
 
 PERIOD = 10.0  # seconds between heartbeats
@@ -115,7 +115,7 @@ class Lock:
 
     def _take(self, number: int) -> bool:
         """Makes the file `number`, which one process can; whether it was this one."""
-        path_manager().mkdirs(self.folder)
+        make_folder(self.folder)
         if not self._make(self._file(number)):
             return False
         self.number = number
@@ -180,12 +180,7 @@ class Lock:
         return 0, ""
 
     def _numbers(self) -> List[int]:
-        if is_address(self.folder) and not path_manager().isdir(self.folder):
-            return []
-        try:
-            return [int(name) for name in path_manager().ls(self.folder) if name.isdigit()]
-        except FileNotFoundError:
-            return []
+        return [int(name) for name in names_in(self.folder) if name.isdigit()]
 
     def _file(self, number: int) -> str:
         return join(self.folder, str(number))

@@ -18,6 +18,7 @@ from fuxi_torchrec.config import ModelConfig
 from fuxi_torchrec.encoders import build_encoder
 from fuxi_torchrec.ops.jagged import JaggedLayout
 from tests.helpers.command_line import ROOT
+from tests.helpers.training_runs import killed_before_its_first_save
 
 SMALL = {
     "data": {"max_sequence_length": 10, "batch_size": 64},
@@ -56,11 +57,13 @@ def here(tmp_path, monkeypatch):
 
 def test_one_command_runs_the_table_goes_on_with_it_and_rebuilds_its_page(here, small_dataset, capsys):
     words = ["ml-1m", "--data-path", small_dataset, "--seeds", "0"]
+    metrics = here / "runs" / "reproduce" / "ml-1m" / "fuxi-beta" / "seed-0" / "metrics.jsonl"
+    killed_before_its_first_save(metrics.parent, small_dataset, max_sequence_length=10)
     one_epoch = reproduce.parse([*words, "--epochs", "1", "--jobs", "2"])
     assert reproduce.run_all(one_epoch) == 0
     assert "fuxi-beta/seed-0: finished" in capsys.readouterr().err
-    metrics = here / "runs" / "reproduce" / "ml-1m" / "fuxi-beta" / "seed-0" / "metrics.jsonl"
     first = metrics.read_text()
+    assert [json.loads(line)["step"] for line in first.splitlines()][:3] == [1, 2, 3] and "99.0" not in first
 
     # the same again: nothing is run; one epoch more: the run goes on, what it has stays
     assert reproduce.run_all(one_epoch) == 0

@@ -6,14 +6,12 @@ import os
 import zlib
 
 import pytest
-from iopath.common.file_io import PathHandler
 
 from fuxi_torchrec.checkpoint import storage
 from fuxi_torchrec.data.dataset import SequenceDataset
 from fuxi_torchrec.distributed.failures import Interrupted
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.evaluation.load_model import open_model
-from fuxi_torchrec.paths import path_manager
 from fuxi_torchrec.run.folder import RunFolder
 from tests.helpers.training_runs import losses, stop_after, tiny, train
 
@@ -125,46 +123,6 @@ def test_checkpoints_with_one_checksum_a_file_can_still_be_read(small_dataset, t
         marker.write_text(json.dumps({**content, "format": 2}))
     with open_model(run, run.config(), "best") as saved:
         assert saved.epoch == 1
-
-
-class Bucket(PathHandler):
-    """bucket://name: a folder that cannot rename, as in an object store."""
-
-    def __init__(self, root):
-        self.root = root
-
-    def _get_supported_prefixes(self):
-        return ["bucket://"]
-
-    def _local(self, path):
-        return os.path.join(self.root, path[len("bucket://") :])
-
-    def _open(self, path, mode="r", buffering=-1, **more):
-        return open(self._local(path), mode)
-
-    def _exists(self, path, **more):
-        return os.path.exists(self._local(path))
-
-    def _isdir(self, path, **more):
-        return os.path.isdir(self._local(path))
-
-    def _ls(self, path, **more):
-        return os.listdir(self._local(path))
-
-    def _mkdirs(self, path, **more):
-        os.makedirs(self._local(path), exist_ok=True)
-
-    def _rm(self, path, **more):
-        os.remove(self._local(path))
-
-
-@pytest.fixture
-def bucket(tmp_path):
-    (tmp_path / "bucket").mkdir()
-    path_manager.cache_clear()  # handlers cannot be taken back, so this manager is thrown away afterwards
-    path_manager().register_handler(Bucket(str(tmp_path / "bucket")), allow_override=True)
-    yield tmp_path / "bucket"
-    path_manager.cache_clear()
 
 
 def test_checkpoints_can_live_in_a_bucket(small_dataset, tmp_path, bucket):

@@ -35,6 +35,14 @@ def train(config, output, resume=False, before=None):
         return trainer.fit()
 
 
+def killed_before_its_first_save(output, data, max_sequence_length=20):
+    """Makes what a training on `data` leaves that is killed in its second step."""
+    config = Config()
+    config.data.path, config.data.max_sequence_length = str(data), max_sequence_length
+    run = RunFolder.create(str(output), config, SequenceDataset(str(data)).identity, resume=False)
+    run.append({"step": 1, "epoch": 1, "loss": 99.0})
+
+
 def losses(output):
     return [(line["step"], line["loss"]) for line in RunFolder(str(output)).metrics() if "loss" in line]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tests.helpers.dryrun import ROOT
 from tests.helpers.launches import SMALL
+from tests.helpers.training_runs import killed_before_its_first_save
 
 MARK = b"FUXI_TEST_OF_CTRL_C=1"
 
@@ -34,8 +35,10 @@ def until(condition, process, seconds):
 
 
 def test_ctrl_c_saves_and_leaves_no_process_and_the_same_line_with_resume_goes_on(tmp_path, small_dataset):
+    """In the folder of a run that was killed before its first save, which begins again."""
     run = tmp_path / "run"
-    words = ["--config", "configs/smoke/fuxi-beta.yaml", "--nproc_per_node", "1", "--output", run, "--"]
+    killed_before_its_first_save(run, small_dataset)
+    words = ["--config", "configs/smoke/fuxi-beta.yaml", "--nproc_per_node", "1", "--output", run, "--resume", "True", "--"]
     # Nothing but the signal saves. TorchX takes no option twice.
     settings = dict(zip(SMALL[::2], SMALL[1::2]))
     for name in ("trainer.max_epochs", "trainer.checkpoint_every_steps", "trainer.checkpoint_every_epochs"):
@@ -51,7 +54,7 @@ def test_ctrl_c_saves_and_leaves_no_process_and_the_same_line_with_resume_goes_o
         )
         try:
             metrics = run / "metrics.jsonl"
-            until(lambda: metrics.exists() and metrics.read_text().count("\n") > 4, process, 90)
+            until(lambda: metrics.read_text().count("\n") > 4, process, 90)
             os.killpg(process.pid, signal.SIGINT)
             assert process.wait(30) == 128 + signal.SIGINT
             assert alive() == []
@@ -64,8 +67,7 @@ def test_ctrl_c_saves_and_leaves_no_process_and_the_same_line_with_resume_goes_o
     said = (tmp_path / "err").read_text()
     assert said.splitlines()[-1].startswith("stopped; ") and "--resume True" in said and "Traceback" not in said
 
-    resumed = [*command[: command.index("--")], "--resume", "True", *command[command.index("--") :]]
-    resumed += ["--trainer.max_steps", last + 3]
+    resumed = [*command, "--trainer.max_steps", last + 3]
     subprocess.run(list(map(str, resumed)), cwd=ROOT, env=environment, check=True, timeout=120, capture_output=True)
     steps = [row["step"] for row in map(json.loads, metrics.read_text().splitlines()) if "loss" in row]
     assert steps == list(range(1, last + 4))

@@ -25,6 +25,7 @@ from launch.sweep.plan import read_plan
 from launch.sweep.runner import only_one
 from tests.helpers.command_line import ROOT, SMOKE
 from tests.helpers.sweeps import SMALL, write_sweep
+from tests.helpers.training_runs import killed_before_its_first_save
 
 SWEEPS = {"scaling-law": 36, "scaling-law-floor": 20, "encoders": 36, "ml-1m-tuning": 9}
 
@@ -128,7 +129,8 @@ def test_one_sweep_at_a_time_in_a_folder(tmp_path, capsys):
 
 
 def test_a_killed_sweep_goes_on_and_repeats_nothing(small_dataset, tmp_path):
-    """One run is over, one is being trained, one has no data set when SIGKILL comes; then the same command again."""
+    """One run is over, one is being trained, one has no data set when SIGKILL comes; then the same command again. The one
+    that is being trained had been killed before its first save, and began again."""
     later, output = tmp_path / "later", tmp_path / "out"
     grid = [
         {"data.path": small_dataset},
@@ -137,6 +139,7 @@ def test_a_killed_sweep_goes_on_and_repeats_nothing(small_dataset, tmp_path):
     ]
     path = write_sweep(tmp_path, grid=grid)
     short, long, missing = (str(output / "runs" / run.name) for run in read_plan(path).runs)
+    killed_before_its_first_save(long, small_dataset)
     process = start(path, output, "--concurrency", "2", "--cpu", "1")
     until(lambda: read_outcome(short) and os.path.exists(os.path.join(long, "checkpoints", "index.json")))
     process.send_signal(signal.SIGKILL)

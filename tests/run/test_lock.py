@@ -10,10 +10,8 @@ import time
 from dataclasses import replace
 
 import pytest
-from iopath.common.file_io import PathHandler
 
 from fuxi_torchrec.errors import FolderInUse
-from fuxi_torchrec.paths import path_manager
 from fuxi_torchrec.run import lock as locks
 from fuxi_torchrec.run.lock import Lock
 from fuxi_torchrec.run.owner import this_process
@@ -215,42 +213,7 @@ def test_a_file_system_that_fails_for_a_while_costs_nothing(folder, monkeypatch)
     assert not said and not os.path.exists(folder)
 
 
-class Bucket(PathHandler):
-    """A folder behind an address, without rename, exclusive creation or writing in the middle of a file."""
-
-    def __init__(self, folder):
-        super().__init__()
-        self.folder = folder
-
-    def _get_supported_prefixes(self):
-        return ["bucket://"]
-
-    def _at(self, path):
-        return self.folder / path.removeprefix("bucket://")
-
-    def _open(self, path, mode="r", buffering=-1, **kwargs):
-        assert mode in ("r", "w")
-        self._at(path).parent.mkdir(parents=True, exist_ok=True)
-        return open(self._at(path), mode)
-
-    def _exists(self, path, **kwargs):
-        return self._at(path).exists()
-
-    def _isdir(self, path, **kwargs):
-        return self._at(path).is_dir()
-
-    def _ls(self, path, **kwargs):
-        return os.listdir(self._at(path))
-
-    def _mkdirs(self, path, **kwargs):
-        pass
-
-    def _rm(self, path, **kwargs):
-        self._at(path).unlink()
-
-
-def test_a_bucket_has_one_owner_as_well(tmp_path):
-    path_manager().register_handler(Bucket(tmp_path), allow_override=True)
+def test_a_bucket_has_one_owner_as_well(bucket):
     locks_ = [Lock("bucket://a/lock", "bucket://a") for _ in range(3)]
     held, refused = [], []
 
@@ -270,4 +233,4 @@ def test_a_bucket_has_one_owner_as_well(tmp_path):
     held[0].release()
     with Lock("bucket://a/lock", "bucket://a"):
         pass
-    assert not list((tmp_path / "a" / "lock").iterdir())
+    assert not list((bucket / "a" / "lock").iterdir())
