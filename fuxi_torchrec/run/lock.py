@@ -139,6 +139,10 @@ class Lock:
             self._write(path, "x")
         except (FileExistsError, FileNotFoundError):  # another was faster; or removed the folder
             return False
+        except OSError:  # a full disk, after the file was made
+            with suppress(OSError):
+                os.remove(path)
+            raise
         return True
 
     def _write(self, path: str, mode: str) -> None:
@@ -162,7 +166,7 @@ class Lock:
                     return
             except FileNotFoundError:
                 pass  # removed by who took over
-            except OSError:
+            except (OSError, ValueError):
                 return  # a file system that fails for a while; another process tells by the heartbeat
             if not self._released.is_set():
                 self.on_lost(f"{self.what}: taken over by {_owner_in(self._newest()[1]) or 'another process'}; nothing more "
