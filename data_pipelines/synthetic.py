@@ -49,6 +49,7 @@ def prepare_synthetic(
             source="synthetic",
             source_checksum="",
             generator=law.to_dict(),
+            log_prob_column=LOG_PROBS_COLUMN,
         )
 
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from fuxi_torchrec.data.format import ITEMS_FILE, LOG_PROBS_COLUMN, TRAIN_FOLDER, USERS_FILE, read_identity
+from fuxi_torchrec.data.format import ITEMS_FILE, TRAIN_FOLDER, USERS_FILE, read_identity
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.paths import join, path_manager
 
@@ -66,11 +66,12 @@ class SequenceDataset:
 
     def read(self, group: RowGroup, log_probs: bool = False) -> UserRows:
         """Reads one row group; checks ids against the catalogue and that each user's times do not go back."""
-        columns = ["user_id", "item_ids", "timestamps"] + ([LOG_PROBS_COLUMN] if log_probs else [])
+        log_prob_column = self.identity.log_prob_column if log_probs else None
+        columns = ["user_id", "item_ids", "timestamps"] + ([log_prob_column] if log_prob_column else [])
         try:
             with path_manager().open(group.path, "rb") as file:
                 table = pq.ParquetFile(file).read_row_group(group.index, columns=columns).combine_chunks()
-            rows = _to_rows(table)
+            rows = _to_rows(table, log_prob_column)
         except (pa.ArrowException, OSError, KeyError) as error:
             raise UserError(f"{group.path}, row group {group.index}: cannot be read ({_first_line(error)})") from None
         self._check(group, rows)
@@ -129,7 +130,8 @@ class SequenceDataset:
 
     @property
     def has_log_probs(self) -> bool:
-        return LOG_PROBS_COLUMN in self.identity.columns
+        """Whether the data set knows each event's true log p: synthetic data do."""
+        return self.identity.log_prob_column is not None
 
 
 @contextmanager
@@ -169,7 +171,7 @@ def concatenate(parts: Sequence[UserRows]) -> UserRows:
     )
 
 
-def _to_rows(table: pa.Table) -> UserRows:
+def _to_rows(table: pa.Table, log_prob_column: Optional[str]) -> UserRows:
     lists = {name: table[name].chunk(0) for name in table.column_names if name != "user_id"}
     offsets = lists["item_ids"].offsets.to_numpy().astype(np.int64)
     for name, column in lists.items():
@@ -183,7 +185,7 @@ def _to_rows(table: pa.Table) -> UserRows:
         offsets,
         values["item_ids"],
         values["timestamps"],
-        values.get(LOG_PROBS_COLUMN),
+        values.get(log_prob_column),
     )
 
 

@@ -8,15 +8,19 @@
 
 import dataclasses
 import json
+import typing
 from dataclasses import dataclass, field
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Optional
 
 import pyarrow as pa
 
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.paths import join, path_manager
 
+# Version 1 is read for good. A key that is added gets a default here and raises the minor version, which this release
+# then writes; readers of an older minor version pass over it.
 SCHEMA_VERSION = 1
+SCHEMA_MINOR = 1
 TRAIN_FOLDER = "train"
 ITEMS_FILE = "items.parquet"
 USERS_FILE = "users.parquet"
@@ -31,7 +35,7 @@ SEQUENCE_FIELDS = [
 # source_id is int64 where the source's ids are integers, string otherwise. frequency counts the item's events with
 # each user's last event left out, so that it holds nothing of what leave_one_out tests on.
 ITEM_COLUMNS = ("item_id", "source_id", "title", "frequency")
-LOG_PROBS_COLUMN = "log_probs"  # float64, the generator's own log p of each event (synthetic data)
+LOG_PROBS_COLUMN = "log_probs"  # what the generator of synthetic data calls its log_prob_column
 
 
 @dataclass(frozen=True)
@@ -53,14 +57,18 @@ class DatasetIdentity:
     columns: List[str] = field(default_factory=list)  # aligned list columns beyond item_ids and timestamps
     report: Dict[str, int] = field(default_factory=dict)
     generator: Dict[str, Any] = field(default_factory=dict)  # synthetic data: every parameter of the generator
+    # Synthetic data: the float64 column of `columns` that holds the generator's own log p of each event.
+    log_prob_column: Optional[str] = None
     schema_version: int = SCHEMA_VERSION
+    schema_minor: int = SCHEMA_MINOR
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
 
 def read_identity(folder: str) -> DatasetIdentity:
-    """Reads DIR/dataset.json. Raises UserError where it is missing, unreadable or of another schema version."""
+    """Reads DIR/dataset.json, of this schema version and any minor one: what an older one lacks has its default, what a
+    newer one adds is passed over. Raises UserError where the file is missing, unreadable or of another version."""
     path = join(folder, IDENTITY_FILE)
     try:
         found = path_manager().isfile(path)
@@ -74,23 +82,40 @@ def read_identity(folder: str) -> DatasetIdentity:
     try:
         with path_manager().open(path, "rb") as file:
             values = json.load(file)
-        version = values["schema_version"]
-    except (ValueError, KeyError, TypeError) as error:
+        version, minor = values["schema_version"], values.get("schema_minor", 0)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a data set's identity ({error}); prepare the data set again") from None
     if version != SCHEMA_VERSION:
-        raise UserError(
-            f"{path}: schema version {version}, this release reads version {SCHEMA_VERSION}; prepare the data set again"
-        )
-    known = {f.name for f in dataclasses.fields(DatasetIdentity)}
-    required = {
-        f.name
-        for f in dataclasses.fields(DatasetIdentity)
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    }
-    if set(values) - known or required - set(values):
-        wrong = sorted((set(values) - known) | (required - set(values)))
-        raise UserError(f"{path}: missing or unknown keys {', '.join(wrong)}; prepare the data set again")
-    return DatasetIdentity(**values)
+        newer = isinstance(version, int) and version > SCHEMA_VERSION
+        advice = "update fuxi_torchrec" if newer else "prepare the data set again"
+        raise UserError(f"{path}: schema version {version}, this release reads version {SCHEMA_VERSION}; {advice}")
+    _check_keys(path, values, minor)
+    return DatasetIdentity(**_upgraded(values, minor))
+
+
+def _check_keys(path: str, values: Dict[str, Any], minor: Any) -> None:
+    """Raises UserError for a key that is missing, holds another type, or is unknown though this release knows them all."""
+    fields = {f.name: f for f in dataclasses.fields(DatasetIdentity)}
+    for name, key in fields.items():
+        required = key.default is dataclasses.MISSING and key.default_factory is dataclasses.MISSING
+        kinds = (float, int) if key.type is float else typing.get_origin(key.type) or key.type
+        if name not in values:
+            if required:
+                raise UserError(f"{path}: {name} is missing; prepare the data set again")
+        elif kinds is not typing.Union and (not isinstance(values[name], kinds) or isinstance(values[name], bool)):
+            raise UserError(f"{path}: {name} cannot be {values[name]!r}; prepare the data set again")
+    unknown = sorted(set(values) - set(fields))
+    if unknown and minor <= SCHEMA_MINOR:
+        raise UserError(f"{path}: unknown key {unknown[0]}; prepare the data set again")
+
+
+def _upgraded(values: Dict[str, Any], minor: int) -> Dict[str, Any]:
+    """The keys that this release knows, in the meaning of its own minor version."""
+    known = {f.name for f in dataclasses.fields(DatasetIdentity)} - {"schema_minor"}
+    kept = {name: value for name, value in values.items() if name in known}
+    if minor < 1 and values.get("generator") and LOG_PROBS_COLUMN in values.get("columns", []):
+        kept["log_prob_column"] = LOG_PROBS_COLUMN  # the column's name alone said so then
+    return kept
 
 
 def same_data(one: DatasetIdentity, other: DatasetIdentity) -> bool:
