@@ -1,10 +1,13 @@
-"""`fuxi-torchrec prepare movielens|events|synthetic`: flags, and a summary of what was made.
+"""`fuxi-torchrec prepare movielens|events|synthetic`: options, and a summary of what was made.
 
-Only jsonargparse is imported here: `--help` must answer at once. The work is imported when it is done.
+`--help` must answer at once, so the work is imported when it is done. The options are argparse's own: no config file
+stands behind them, and its errors name an option as it is typed.
 """
 
+import argparse
+import re
 import sys
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, NoReturn
 
 COMMANDS = {
     "movielens": "a MovieLens archive (ml-100k, 1m, 10m, 20m, 25m, 32m, latest, latest-small)",
@@ -15,23 +18,34 @@ YEAR_2200 = 7_258_118_400  # seconds since 1970
 DEFAULT_CLUSTERS = 32
 
 
-def add_subcommands(prepare_parser) -> None:
-    """Adds `movielens`, `events` and `synthetic` to a jsonargparse parser; the one chosen comes as `kind`.
+def main(arguments: List[str]) -> int:
+    """Runs `prepare` with its arguments and prints a summary. Returns 0, or 128 + n where signal n ended the work.
 
-    prepare_parser must already be a sub-command of its own parent: jsonargparse wants them added from the top down. The
-    sub-parsers are of its class, so that its way of printing errors is theirs.
-    """
-    subcommands = prepare_parser.add_subcommands(dest="kind", required=True)
-    for name, add_arguments in (("movielens", _movielens), ("events", _events), ("synthetic", _synthetic)):
-        parser = type(prepare_parser)(allow_abbrev=False, description=f"Prepares {COMMANDS[name]}.")
-        add_arguments(parser)
-        _flag(parser, "--overwrite", action="store_true", help="replace the data set that is there")
-        subcommands.add_subcommand(name, parser, help=COMMANDS[name])
+    Raises UserError for bad input, SystemExit (2) after one line on standard error for wrong options."""
+    from data_pipelines.interrupts import ended_by_signals
+
+    options = parse(arguments)
+    with ended_by_signals() as stop:
+        run(options)
+    return stop.code
 
 
-def run(command: str, arguments) -> None:
-    """Runs `prepare <command>` with its parsed namespace and prints a summary. Raises UserError for bad input."""
-    given: Dict[str, Any] = {key: value for key, value in arguments.as_dict().items() if value is not None}
+def parse(arguments: List[str]) -> argparse.Namespace:
+    """Parses the options of the pipeline that `kind` names; --with_underscores are taken as --with-dashes."""
+    parser = _Parser(prog="fuxi-torchrec prepare", description="Raw data to a data set folder.", allow_abbrev=False)
+    pipelines = parser.add_subparsers(dest="kind", required=True, metavar="|".join(COMMANDS))
+    for name, add_options in (("movielens", _movielens), ("events", _events), ("synthetic", _synthetic)):
+        what = COMMANDS[name]
+        pipeline = pipelines.add_parser(name, help=what, description=f"Prepares {what}.", allow_abbrev=False)
+        add_options(pipeline)
+        pipeline.add_argument("--overwrite", action="store_true", help="replace the data set that is there")
+    return parser.parse_args([re.sub(r"^--[\w-]+", lambda option: option[0].replace("_", "-"), a) for a in arguments])
+
+
+def run(options: argparse.Namespace) -> None:
+    """Runs a pipeline with its parsed options and prints a summary. Raises UserError for bad input."""
+    given: Dict[str, Any] = {key: value for key, value in vars(options).items() if value is not None}
+    command = given.pop("kind")
     if command == "movielens":
         from data_pipelines.movielens import prepare_movielens
 
@@ -47,6 +61,13 @@ def run(command: str, arguments) -> None:
         if identity.max_timestamp * identity.time_unit > YEAR_2200:
             note = "the newest time lies beyond the year 2200; are these milliseconds? (--time-unit ms)"
             print(f"warning: {note}", file=sys.stderr)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one line and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 
 def summary(identity, output: str) -> List[str]:
@@ -86,69 +107,68 @@ def _run_synthetic(given: Dict[str, Any]):
     return None
 
 
-def _movielens(parser) -> None:
-    _flag(parser, "--source", type=str, required=True, help="a zip, a folder, or the address of a zip")
-    _flag(parser, "--output", type=str, required=True, help="folder of the data set to make")
-    _flag(parser, "--catalogue", type=_choice("rated", "all"), default="rated", help="all: movies nobody rated too")
-    _flag(parser, "--checksum", type=Optional[str], help="md5 or sha256 of the archive, verified first")
-    _flag(parser, "--memory-limit", type=str, default="2GB", help="for the sort")
+def _movielens(parser: argparse.ArgumentParser) -> None:
+    option = parser.add_argument
+    option("--source", required=True, help="a zip, a folder, or the address of a zip")
+    option("--output", required=True, help="folder of the data set to make")
+    catalogue = "which movies can be recommended: those that were rated, or all that the archive lists (default: rated)"
+    option("--catalogue", choices=("rated", "all"), default="rated", help=catalogue)
+    option("--checksum", help="md5 or sha256 that the archive must have; compared before anything else")
+    _memory_limit(parser)
 
 
-def _events(parser) -> None:
-    _flag(parser, "--source", type=str, nargs="+", required=True, help="CSV or Parquet files, globs or addresses")
-    _flag(parser, "--user-column", type=str, required=True)
-    _flag(parser, "--item-column", type=str, required=True)
-    _flag(parser, "--time-column", type=str, required=True, help="integers, or datetimes")
-    _flag(parser, "--output", type=str, required=True, help="folder of the data set to make")
-    unit = "s, ms, us, ns, or the seconds in a tick; datetimes are converted to it"
-    _flag(parser, "--time-unit", type=str, default="s", help=unit)
-    extra = "kept beside the events: NAME or NAME:int, NAME:float, NAME:text"
-    _flag(parser, "--extra-columns", type=str, nargs="+", default=[], help=extra)
-    id_type = _choice("auto", "integer", "text")
-    _flag(parser, "--user-type", type=id_type, default="auto", help="auto: as the first value")
-    _flag(parser, "--item-type", type=id_type, default="auto", help="auto: as the first value")
-    _flag(parser, "--item-titles", type=Optional[str], help="CSV or Parquet file of titles")
-    _flag(parser, "--titles-item-column", type=Optional[str], help="its item column (default: --item-column)")
-    _flag(parser, "--title-column", type=str, default="title", help="its title column")
-    _flag(parser, "--delimiter", type=Optional[str], help="of CSV files (default: a tab for .tsv, else a comma)")
-    _flag(parser, "--column-names", type=str, nargs="+", default=None, help="of CSV files without a header")
-    _flag(parser, "--memory-limit", type=str, default="2GB", help="for the sort; about 0.5 GB come on top")
-    _flag(parser, "--name", type=Optional[str], help="of the data set (default: the output's)")
+def _events(parser: argparse.ArgumentParser) -> None:
+    option = parser.add_argument
+    source = "CSV or Parquet files, as paths, globs or addresses; all of them are one log"
+    option("--source", nargs="+", required=True, help=source)
+    option("--user-column", required=True, help="column that holds each event's user id")
+    option("--item-column", required=True, help="column that holds each event's item id")
+    option("--time-column", required=True, help="column that holds each event's time: integers, or datetimes")
+    option("--output", required=True, help="folder of the data set to make")
+    unit = "unit of the times: s, ms, us, ns, or a number of seconds; datetimes are converted to it (default: s)"
+    option("--time-unit", default="s", help=unit)
+    extra = "further columns to keep with the events: NAME, or with what it holds NAME:int, NAME:float, NAME:text"
+    option("--extra-columns", nargs="+", default=[], help=extra)
+    for kind in ("user", "item"):
+        what = f"what {kind} ids are; auto decides by the first one; text keeps 007 as it stands (default: auto)"
+        option(f"--{kind}-type", choices=("auto", "integer", "text"), default="auto", help=what)
+    option("--item-titles", help="another CSV or Parquet file, with a title for each item; 'recommend' prints them")
+    item_column = "column of the --item-titles file that holds the item ids (default: the name in --item-column)"
+    option("--titles-item-column", help=item_column)
+    title_column = "column of the --item-titles file that holds the titles (default: title)"
+    option("--title-column", default="title", help=title_column)
+    option("--delimiter", help="what stands between the values of a CSV file (default: a tab for .tsv, else a comma)")
+    option("--column-names", nargs="+", help="names of the columns, for CSV files without a header line")
+    _memory_limit(parser)
+    option("--name", help="name of the data set in reports (default: that of the output folder)")
 
 
-def _synthetic(parser) -> None:
-    _flag(parser, "--users", type=int, required=True)
-    _flag(parser, "--items", type=int, required=True)
-    _flag(parser, "--events-per-user", type=int, required=True, help="mean")
-    _flag(parser, "--output", type=str, required=True, help="folder of the data set to make, or for ml-1m the zip")
-    formats = _choice("sequences", "ml-1m")
-    _flag(parser, "--format", type=formats, default="sequences", help="ml-1m: a zip for 'prepare movielens'")
-    _flag(parser, "--seed", type=int, default=0)
+def _synthetic(parser: argparse.ArgumentParser) -> None:
+    option = parser.add_argument
+    option("--users", type=int, required=True, help="number of users")
+    option("--items", type=int, required=True, help="number of items in the catalogue")
+    option("--events-per-user", type=int, required=True, help="mean length of a user's history")
+    option("--output", required=True, help="folder of the data set to make, or for --format ml-1m the zip file")
+    formats = "sequences: a data set; ml-1m: a zip for 'prepare movielens' (default: sequences)"
+    option("--format", choices=("sequences", "ml-1m"), default="sequences", help=formats)
+    option("--seed", type=int, default=0, help="another seed gives other users (default: 0)")
     # The defaults of these stand in generator.Generator, and for ml-1m in movielens_like: once each.
-    _flag(parser, "--clusters", type=Optional[int], help="groups of items (default 32, at most an item each; ml-1m: 18 genres)")
-    _flag(parser, "--epsilon", type=Optional[float], help="share of events that ignore the history (default 0.2)")
-    _flag(parser, "--decay", type=Optional[float], help="power of time by which events lose weight (default 1)")
-    _flag(parser, "--zipf-exponent", type=Optional[float], help="of the popularity laws (default 1)")
-    _flag(parser, "--max-sequence-length", type=Optional[int], help="events that are visible to the next (default 200)")
-    _flag(parser, "--unique-items", action="store_true", help="no item twice among the visible events and the next")
-    lengths = Optional[_choice("lognormal", "uniform", "fixed")]
-    _flag(parser, "--lengths", type=lengths, help="law of the users' lengths (default lognormal; ml-1m: uniform)")
-    _flag(parser, "--length-sigma", type=Optional[float], help="spread of lognormal lengths (default 0.6)")
-    _flag(parser, "--gap-median", type=Optional[float], help="seconds between events (default 3600)")
-    _flag(parser, "--gap-sigma", type=Optional[float], help="their spread: lognormal (default 3.5)")
+    option("--clusters", type=int, help="groups of items (default 32, at most an item each; ml-1m: 18 genres)")
+    option("--epsilon", type=float, help="share of events that ignore the history (default 0.2)")
+    option("--decay", type=float, help="power of time by which events lose weight (default 1)")
+    option("--zipf-exponent", type=float, help="exponent of the items' popularity (default 1)")
+    option("--max-sequence-length", type=int, help="number of past events that the next one depends on (default 200)")
+    option("--unique-items", action="store_true", help="never draw an item that is among those past events")
+    lengths = "how the lengths of histories are spread (default lognormal; ml-1m: uniform)"
+    option("--lengths", choices=("lognormal", "uniform", "fixed"), help=lengths)
+    option("--length-sigma", type=float, help="spread of lognormal lengths (default 0.6)")
+    option("--gap-median", type=float, help="median of the seconds between two events (default 3600)")
+    option("--gap-sigma", type=float, help="spread of these seconds, which are lognormal (default 3.5)")
 
 
-def _flag(parser, name: str, **options) -> None:
-    """Adds --with-dashes, and takes --with_underscores as well without listing it in the help."""
-    action = parser.add_argument(name, **options)
-    if "-" in name[2:]:
-        parser._option_string_actions["--" + name[2:].replace("-", "_")] = action
-
-
-def _choice(*values: str):
-    from typing import Literal
-
-    return Literal[values]
+def _memory_limit(parser: argparse.ArgumentParser) -> None:
+    what = "memory of the sort, which goes on on disk beyond it; 0.5 GB come on top (default: 2GB)"
+    parser.add_argument("--memory-limit", default="2GB", help=what)
 
 
 def _time_range(identity) -> str:

@@ -9,7 +9,7 @@ import time
 from typing import TYPE_CHECKING, Any, List, Optional
 
 from fuxi_torchrec.config import Config
-from fuxi_torchrec.config.parsing import PATHS, OneLineParser, load_config
+from fuxi_torchrec.config.parsing import PATHS, load_config
 from fuxi_torchrec.config.rules import check_table
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.paths import absolute, is_address
@@ -78,16 +78,14 @@ def evaluation(run: str, options: List[str], place: "Place") -> str:
 
 def preparation(arguments: List[str], place: "Place") -> List[str]:
     """The arguments of 'fuxi-torchrec prepare', parsed as there, with absolute paths."""
-    from data_pipelines.cli import COMMANDS, add_subcommands
+    from data_pipelines.cli import COMMANDS, parse
 
     if not arguments or arguments[0] not in COMMANDS:
         raise UserError(f"prepare: name a pipeline first: {', '.join(COMMANDS)}")
-    parser = OneLineParser(prog="fuxi-torchrec prepare")
-    add_subcommands(parser)
-    options: Any = parser.parse_args(arguments)
+    options = parse(arguments)
     if place.image is not None:
         return arguments
-    _check_writable(absolute(options[options.kind].output))
+    _check_writable(absolute(options.output))
     return _absolute_values(arguments, PREPARE_PATHS)
 
 

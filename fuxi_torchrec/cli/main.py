@@ -97,14 +97,9 @@ def _overview() -> str:
 
 
 def _prepare(arguments: List[str]) -> int:
-    from data_pipelines.cli import add_subcommands, run
-    from fuxi_torchrec.config.parsing import OneLineParser
+    from data_pipelines.cli import main
 
-    parser = OneLineParser(prog="fuxi-torchrec prepare", description="Raw data to a data set folder.")
-    add_subcommands(parser)
-    options = parser.parse_args(arguments)
-    run(options.kind, options[options.kind])
-    return 0
+    return main(arguments)
 
 
 def _plan(arguments: List[str]) -> int:

@@ -119,7 +119,7 @@ def test_other_components_tell_their_mistakes_alike(here, capsys):
     for words, says in (
         (("evaluate", "--run", "none"), "no run here"),
         (("prepare", "parquet"), "name a pipeline first"),
-        (("prepare", "synthetic", "--output", "x"), "synthetic.users"),
+        (("prepare", "synthetic", "--output", "x"), "required: --users"),
         (("sweep", "--config", "none.yaml"), "no such sweep"),
     ):
         assert says in refused(("--dryrun", f"launch/components.py:{words[0]}", *words[1:]), capsys)
