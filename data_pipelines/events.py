@@ -114,26 +114,27 @@ def prepare_events(
     seconds = seconds_per_tick(time_unit)
     columns = EventColumns(user_column, item_column, time_column, user_type, item_type, _extras(extra_columns))
     columns.resolution = "ns" if seconds < 1e-6 else "us"
-    paths = expand(source)
-    titles = None
-    if item_titles is not None:
-        keys = [titles_item_column or item_column, title_column]
-        titles = _open_table(expand([item_titles])[0], keys, delimiter, None)
-    tables = [_open_table(path, columns.names, delimiter, column_names) for path in paths]
-    with OutputFolder(output, overwrite) as folder, EventSorter(folder.work, memory_limit) as sorter:
-        _add_events(tables, columns, sorter)
-        divisor = _ticks_divisor(columns, seconds, time_unit)
-        listed = _read_titles(titles, columns.item_type) if titles is not None else None
-        sorter.sort()
-        with SequenceWriter(folder, sorter.num_users, sorter.num_items) as writer:
-            return writer.finish(
-                _write(sorter, writer, divisor, listed),
-                name=name or os.path.basename(output.rstrip("/")),
-                catalogue="rated",
-                time_unit=seconds,
-                source=_source_name(source),
-                source_checksum=_checksum(paths),
-            )
+    with OutputFolder(output, overwrite) as folder:
+        paths = expand(source)
+        titles = None
+        if item_titles is not None:
+            keys = [titles_item_column or item_column, title_column]
+            titles = _open_table(expand([item_titles])[0], keys, delimiter, None)
+        tables = [_open_table(path, columns.names, delimiter, column_names) for path in paths]
+        with EventSorter(folder.work, memory_limit) as sorter:
+            _add_events(tables, columns, sorter)
+            divisor = _ticks_divisor(columns, seconds, time_unit)
+            listed = _read_titles(titles, columns.item_type) if titles is not None else None
+            sorter.sort()
+            with SequenceWriter(folder, sorter.num_users, sorter.num_items) as writer:
+                return writer.finish(
+                    _write(sorter, writer, divisor, listed),
+                    name=name or os.path.basename(folder.output),
+                    catalogue="rated",
+                    time_unit=seconds,
+                    source=_source_name(source),
+                    source_checksum=_checksum(paths),
+                )
 
 
 def _add_events(tables: Sequence[Table], columns: EventColumns, sorter: EventSorter) -> None:

@@ -62,11 +62,11 @@ def prepare_movielens(
     """
     if catalogue not in ("rated", "all"):
         raise UserError(f"--catalogue {catalogue}: it is 'rated' or 'all'")
-    with Archive(source, checksum) as archive:
+    with OutputFolder(output, overwrite) as folder, Archive(source, checksum) as archive:
         layout, ratings_name, movies_name = _detect(archive)
         archive.keep_only([ratings_name, movies_name])
         titles = _read_titles(archive, movies_name, layout)
-        with OutputFolder(output, overwrite) as folder, EventSorter(folder.work, memory_limit) as sorter:
+        with EventSorter(folder.work, memory_limit) as sorter:
             _add_ratings(archive, ratings_name, layout, sorter)
             sorter.sort(pa.array(sorted(titles), pa.int64()) if catalogue == "all" else None)
             with SequenceWriter(folder, sorter.num_users, sorter.num_items) as writer:

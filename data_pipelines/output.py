@@ -3,57 +3,53 @@
 import contextlib
 import errno
 import os
-import shutil
 import tempfile
-from typing import BinaryIO, Iterator, List, Optional
+import weakref
+from typing import Any, BinaryIO, Callable, ContextManager, Dict, Iterator, List, Optional, Tuple
 
+from data_pipelines.interrupts import uninterrupted
+from fuxi_torchrec.data.checksums import describe_files
 from fuxi_torchrec.data.format import IDENTITY_FILE, TRAIN_FOLDER
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.paths import join, path_manager
+
+REMOVAL_ATTEMPTS = 3  # of a file at an address, whose trouble may pass
 
 
 class OutputFolder:
     """Context manager around the writing of a data set into `output`.
 
-    A local folder is written as `output.tmp-<pid>` and renamed by `commit`. An address with a scheme (a bucket has no
-    rename) is written in place, where `dataset.json`, written last, marks it complete. Leaving the context without
-    `commit`, by an error or Ctrl-C, removes what was written.
+    A local folder is written in a temporary one beside it, of a random name, and renamed by `commit`. An address with a
+    scheme (a bucket has no rename) is written in place, where `dataset.json`, written last, marks it complete. Leaving
+    the context without `commit`, by an error or a signal, removes what was written. Enter it before any work is done: an
+    output that cannot be is refused there, and what is overwritten stays until the new data set needs its place.
 
-    `work` is a local folder for temporary files, beside the output where that is local.
+    folder: where the data set is written. work: a local folder for temporary files, beside the output where that is
+    local.
 
     Raises UserError where `output` exists and `overwrite` is not set, where it is not a data set (never deleted), where
-    its parent cannot be written, and where the disk is full.
+    it is a symbolic link or a mount point (nothing can be renamed onto it), where its parent cannot be written, and where
+    the disk is full.
     """
 
     def __init__(self, output: str, overwrite: bool = False):
-        self.output = output.rstrip("/") or "/"
+        self.output = output.rstrip("/") or output[:1]
         self.overwrite = overwrite
         self.is_local = "://" not in output
-        self._written: List[str] = []
-        self._created_parent: Optional[str] = None
+        self._names: List[str] = []
         self._committed = False
 
     def __enter__(self) -> "OutputFolder":
         if self.is_local:
-            self._refuse_existing()
+            self._refuse_place()
+            self._refuse_data_set()
+            self._make_temporary(*os.path.split(os.path.abspath(self.output)))
+            self.folder = join(self.work, "data")
         else:
             with self._reaching():
-                self._refuse_existing()
+                self._refuse_data_set()
+            self._make_temporary(tempfile.gettempdir(), "fuxi-prepare")
             self.folder = self.output
-            self.work = tempfile.mkdtemp(prefix="fuxi-prepare-")
-            return self
-        self.folder = f"{self.output}.tmp-{os.getpid()}"
-        self.work = f"{self.folder}/work"
-        self._created_parent = _first_missing(os.path.dirname(os.path.abspath(self.output)))
-        try:
-            shutil.rmtree(self.folder, ignore_errors=True)  # a killed process of the same id
-            os.makedirs(self.work)
-        except OSError as error:
-            self._remove()
-            raise UserError(f"{self.output}: cannot write there ({error.strerror}); choose another --output") from None
-        except BaseException:
-            self._remove()
-            raise
         return self
 
     def open(self, name: str) -> BinaryIO:
@@ -61,24 +57,68 @@ class OutputFolder:
         path = join(self.folder, name)
         if self.is_local:
             os.makedirs(os.path.dirname(path), exist_ok=True)
+            self._names.append(name)
             return path_manager().open(path, "wb")
-        self._written.append(path)
         with self._reaching():
-            return path_manager().open(path, "wb")
+            if not self._names:
+                self._clear_address()
+            self._names.append(name)
+            return _GuardedStream(path_manager().open(path, "wb"), self._reaching)
+
+    def described(self) -> Tuple[Dict[str, Dict[str, Any]], str]:
+        """Reads back what was written; returns dataset.json's `files` and `content_checksum`."""
+        with self._reaching() if not self.is_local else contextlib.nullcontext():
+            return describe_files(self.folder, sorted(self._names))  # items.parquet, train/part-…, users.parquet
 
     def commit(self) -> None:
         """Puts the complete data set in place. Call it after `dataset.json` was written and closed."""
-        shutil.rmtree(self.work, ignore_errors=True)
-        if self.is_local:
-            self._rename()
-        self._committed = True
+        with uninterrupted():
+            if self.is_local:
+                self._rename()
+            self._committed = True
 
     def __exit__(self, kind, error, traceback) -> bool:
-        if self.is_local or not self._committed:
-            self._remove()
+        with uninterrupted():
+            self._clean_up()
+            if not self.is_local and not self._committed:
+                self._remove_from_address()
         if error is not None:
             reraise_full_disk(error, self.output)
         return False
+
+    def _refuse_place(self) -> None:
+        """Raises UserError for a local output onto which no folder can be renamed in the end."""
+        path = self.output
+        if os.path.basename(path) in ("", ".", ".."):
+            raise UserError(f"--output {path}: name the folder to make, as in {join(path or '.', 'my-data')}")
+        if os.path.islink(path):
+            target = os.path.realpath(path)
+            raise UserError(f"{path}: a symbolic link, which is never replaced; name the folder itself, --output {target}")
+        if os.path.ismount(path):
+            raise UserError(f"{path}: a mount point, which cannot be replaced; name a folder in it, --output {path}/data")
+        if os.path.isdir(path) and not os.listdir(path):
+            return  # an empty folder is replaced: nothing is lost
+        if os.path.lexists(path) and not os.path.isfile(join(path, IDENTITY_FILE)):
+            raise UserError(f"{path}: exists and is not a data set, so it stays; choose another --output")
+
+    def _refuse_data_set(self) -> None:
+        if not self.overwrite and path_manager().isfile(join(self.output, IDENTITY_FILE)):
+            raise UserError(f"{self.output}: a data set is there already; pass --overwrite or choose another --output")
+
+    def _make_temporary(self, parent: str, name: str) -> None:
+        """Makes `work`, which is the owner's alone; what is renamed out of it has the usual permissions."""
+        missing = _first_missing(parent)
+        with uninterrupted():
+            try:
+                os.makedirs(parent, exist_ok=True)
+                temporary = tempfile.TemporaryDirectory("", f".{name}.tmp-", parent, ignore_cleanup_errors=True)
+            except OSError as error:
+                _remove_empty(missing, parent)
+                reason = f"cannot write there ({error.strerror})"
+                raise UserError(f"{self.output}: {reason}; choose another --output") from None
+            # Not by __exit__ alone: a signal may come before its first line.
+            self._clean_up = weakref.finalize(self, _clean_up, temporary, missing, parent)
+        self.work = temporary.name
 
     @contextlib.contextmanager
     def _reaching(self) -> Iterator[None]:
@@ -88,34 +128,20 @@ class OutputFolder:
         except UserError:
             raise
         except Exception as error:
-            reason = str(error) or type(error).__name__
-            raise UserError(f"{self.output}: cannot be written ({reason}); choose another --output") from None
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"{self.output}: cannot be written ({reason}); try again or choose another --output") from None
 
-    def _refuse_existing(self) -> None:
-        manager = path_manager()
-        is_data_set = manager.isfile(join(self.output, IDENTITY_FILE))
-        if self.is_local:
-            exists = os.path.lexists(self.output)
-            if exists and os.path.isdir(self.output) and not os.listdir(self.output):
-                return  # an empty folder is replaced: nothing is lost
-            if exists and not is_data_set:
-                raise UserError(f"{self.output}: exists and is not a data set, so it stays; choose another --output")
-        if is_data_set and not self.overwrite:
-            raise UserError(f"{self.output}: a data set is there already; pass --overwrite or choose another --output")
-        if not self.is_local:
-            self._clear_address(is_data_set)
-
-    def _clear_address(self, is_data_set: bool) -> None:
+    def _clear_address(self) -> None:
         """Removes what stands at an address: first the mark of completeness, then parts the new data set may lack."""
         manager = path_manager()
-        if is_data_set:
+        if manager.isfile(join(self.output, IDENTITY_FILE)):
             manager.rm(join(self.output, IDENTITY_FILE))
         train = join(self.output, TRAIN_FOLDER)
         for name in manager.ls(train) if manager.isdir(train) else []:
             manager.rm(join(train, os.path.basename(name)))
 
     def _rename(self) -> None:
-        old = f"{self.output}.old-{os.getpid()}"
+        old = join(self.work, "old")
         replaced = os.path.isdir(self.output) and bool(os.listdir(self.output))
         try:
             if replaced:
@@ -129,21 +155,38 @@ class OutputFolder:
         except OSError as error:
             reason = error.strerror or error
             raise UserError(f"{self.output}: cannot be put in place ({reason}); choose another --output") from None
-        if replaced:
-            shutil.rmtree(old, ignore_errors=True)
 
-    def _remove(self) -> None:
-        shutil.rmtree(self.work, ignore_errors=True)
-        if self.is_local:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            if not self._committed:
-                _remove_empty(self._created_parent, os.path.dirname(os.path.abspath(self.output)))
-            return
-        for path in self._written:
-            try:
-                path_manager().rm(path)
-            except Exception:  # the address may be what went wrong; the first error is the one to see
-                pass
+    def _remove_from_address(self) -> None:
+        for name in reversed(self._names):  # dataset.json, where it was begun, first
+            for _ in range(REMOVAL_ATTEMPTS):
+                # The address may be what went wrong; the first error is the one to see.
+                with contextlib.suppress(Exception):
+                    path_manager().rm(join(self.folder, name))
+                    break
+
+
+class _GuardedStream:
+    """A binary stream to an address whose errors, which come while it is written and closed too, are UserErrors."""
+
+    def __init__(self, stream: BinaryIO, guard: Callable[[], ContextManager[None]]):
+        self._stream, self._guard = stream, guard
+
+    def write(self, data: Any) -> int:
+        with self._guard():
+            return self._stream.write(data)
+
+    def close(self) -> None:
+        with self._guard():
+            self._stream.close()
+
+    def __enter__(self) -> "_GuardedStream":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        self.close()
+
+    def __getattr__(self, name: str) -> Any:  # flush, tell, closed, writable, …
+        return getattr(self._stream, name)
 
 
 def reraise_full_disk(error: BaseException, place: str) -> None:
@@ -154,6 +197,11 @@ def reraise_full_disk(error: BaseException, place: str) -> None:
     full = full or "No space left on device" in text or "max_temp_directory_size" in text
     if full and not isinstance(error, UserError):
         raise UserError(f"{place}: the disk is full; free space there or choose another --output") from None
+
+
+def _clean_up(temporary: tempfile.TemporaryDirectory, missing: Optional[str], parent: str) -> None:
+    temporary.cleanup()
+    _remove_empty(missing, parent)
 
 
 def _first_missing(folder: str) -> Optional[str]:

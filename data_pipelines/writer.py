@@ -1,6 +1,5 @@
 """Streams users' sequences to the Parquet sequence format. Memory: one row group, plus one count per item."""
 
-import hashlib
 from dataclasses import dataclass, field
 from typing import Dict, Iterable, List, Optional
 
@@ -17,7 +16,6 @@ from fuxi_torchrec.data.format import (
     USERS_FILE,
     DatasetIdentity,
 )
-from fuxi_torchrec.paths import join, path_manager
 
 MAX_USERS_PER_GROUP = 1024
 MIN_USERS_PER_GROUP = 8
@@ -150,6 +148,7 @@ class SequenceWriter:
     def finish(self, report: Dict[str, int], **identity) -> DatasetIdentity:
         """Writes dataset.json and puts the data set in place. `identity` holds what the counts do not say."""
         self._close_part()
+        files, checksum = self.output.described()
         result = DatasetIdentity(
             num_users=self.totals.num_users,
             num_items=len(self.frequency),
@@ -159,7 +158,8 @@ class SequenceWriter:
             max_events_per_user=self.totals.max_events_per_user,
             columns=self._columns,
             report={**report, "single_event_users": self.totals.single_event_users},
-            content_checksum=content_checksum(self.output.folder, self._parts),
+            content_checksum=checksum,
+            files=files,
             **identity,
         )
         with self.output.open(IDENTITY_FILE) as file:
@@ -194,19 +194,6 @@ class SequenceWriter:
 
 def part_name(index: int) -> str:
     return f"part-{index:05d}.parquet"
-
-
-def content_checksum(folder: str, parts: int) -> str:
-    """sha256 over the bytes of items.parquet, the part files in name order, and users.parquet where there is one."""
-    digest = hashlib.sha256()
-    names = [ITEMS_FILE] + [f"{TRAIN_FOLDER}/{part_name(i)}" for i in range(parts)]
-    if path_manager().isfile(join(folder, USERS_FILE)):
-        names.append(USERS_FILE)
-    for name in names:
-        with path_manager().open(join(folder, name), "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return f"sha256:{digest.hexdigest()}"
 
 
 def _without_last_events(group: Sequences) -> np.ndarray:

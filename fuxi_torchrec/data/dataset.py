@@ -3,6 +3,7 @@
 Shape suffixes: U users of a row group, E their events laid end to end.
 """
 
+import os
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO, Dict, Hashable, Iterator, List, Optional, Sequence
@@ -12,7 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from fuxi_torchrec.data.format import ITEMS_FILE, TRAIN_FOLDER, USERS_FILE, read_identity
+from fuxi_torchrec.data.checksums import ADVICE, compare, part_names
+from fuxi_torchrec.data.format import ITEMS_FILE, TRAIN_FOLDER, USERS_FILE, DatasetIdentity, read_identity
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.paths import join, path_manager
 
@@ -56,7 +58,7 @@ class SequenceDataset:
         self.folder = folder
         self.identity = read_identity(folder)
         self.item_counts: Dict[Hashable, np.ndarray] = {}  # what item_counts.py has counted, by its CountKey
-        self.row_groups = _row_groups(folder)
+        self.row_groups = _row_groups(folder, self.identity)
         users = sum(group.num_rows for group in self.row_groups)
         if users != self.identity.num_users:
             raise UserError(
@@ -189,23 +191,34 @@ def _to_rows(table: pa.Table, log_prob_column: Optional[str]) -> UserRows:
     )
 
 
-def _row_groups(folder: str) -> List[RowGroup]:
-    train = join(folder, TRAIN_FOLDER)
-    manager = path_manager()
-    try:
-        names = sorted(name for name in manager.ls(train) if name.startswith("part-") and name.endswith(".parquet"))
-    except OSError as error:
-        raise UserError(f"{train}: cannot be listed ({_first_line(error)}); prepare the data set again") from None
+def _row_groups(folder: str, identity: DatasetIdentity) -> List[RowGroup]:
+    """All row groups of the part files, which are compared with dataset.json's record of them, where it has one."""
     groups = []
-    for name in names:
-        path = join(train, name)
+    for name in _part_names(folder, identity):
+        path = join(folder, name)
         try:
-            with manager.open(path, "rb") as file:
+            with path_manager().open(path, "rb") as file:
                 metadata = pq.ParquetFile(file).metadata
+                size = file.seek(0, os.SEEK_END)
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{path}: not a Parquet file ({_first_line(error)}); prepare it again") from None
+        if identity.files:
+            compare(path, {"bytes": size, "rows": metadata.num_rows}, identity.files[name])
         groups += [RowGroup(path, i, metadata.row_group(i).num_rows) for i in range(metadata.num_row_groups)]
     return groups
+
+
+def _part_names(folder: str, identity: DatasetIdentity) -> List[str]:
+    train = join(folder, TRAIN_FOLDER)
+    try:
+        names = part_names(folder)
+    except OSError as error:
+        raise UserError(f"{train}: cannot be listed ({_first_line(error)}); prepare the data set again") from None
+    recorded = {name for name in identity.files if name.startswith(f"{TRAIN_FOLDER}/")}
+    for name in sorted(recorded ^ set(names)) if identity.files else []:
+        what = "missing" if name in recorded else "not a file that dataset.json lists"
+        raise UserError(f"{join(folder, name)}: {what}; {ADVICE}")
+    return names
 
 
 def _first_line(error: Exception) -> str:

@@ -59,6 +59,8 @@ class DatasetIdentity:
     generator: Dict[str, Any] = field(default_factory=dict)  # synthetic data: every parameter of the generator
     # Synthetic data: the float64 column of `columns` that holds the generator's own log p of each event.
     log_prob_column: Optional[str] = None
+    # Relative path of every Parquet file -> "bytes", "rows" (int) and "sha256" (hexadecimal); empty in schema 1.0.
+    files: Dict[str, Dict[str, Any]] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
     schema_minor: int = SCHEMA_MINOR
 

@@ -7,7 +7,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from iopath.common.file_io import NativePathHandler
 
 from data_pipelines import writer as writer_module
 from data_pipelines.events import prepare_events
@@ -17,7 +16,6 @@ from data_pipelines.synthetic import prepare_synthetic
 from data_pipelines.writer import Sequences, SequenceWriter
 from fuxi_torchrec.data.format import ITEM_COLUMNS, SEQUENCE_FIELDS, read_identity
 from fuxi_torchrec.errors import UserError
-from fuxi_torchrec.paths import path_manager
 from tests.helpers.pipeline_cases import layout_files, tree, users_of, write_zip
 
 
@@ -179,62 +177,6 @@ def test_an_output_that_cannot_be_written(tmp_path):
     for output in (tmp_path / "file" / "out", "/proc/nowhere/out", "http://127.0.0.1:9/out"):
         with pytest.raises(UserError, match="cannot (write there|be written)"):
             prepare_synthetic(str(output), 10, 40, 5)
-
-
-class Bucket(NativePathHandler):
-    """bucket://… kept in a local folder, without a rename, as a bucket is."""
-
-    def __init__(self, folder):
-        super().__init__()
-        self.folder = str(folder)
-
-    def _get_supported_prefixes(self):
-        return ["bucket://"]
-
-    def _get_path_with_cwd(self, path):
-        local = path.replace("bucket:/", self.folder)
-        os.makedirs(os.path.dirname(local), exist_ok=True)
-        return local
-
-    def _rm(self, path):
-        os.remove(self._get_path_with_cwd(path))
-
-    def _ls(self, path):
-        return os.listdir(self._get_path_with_cwd(path))
-
-    def _isdir(self, path):
-        return os.path.isdir(self._get_path_with_cwd(path))
-
-    def _mv(self, *args, **kwargs):
-        raise NotImplementedError
-
-
-@pytest.fixture
-def bucket(tmp_path):
-    path_manager.cache_clear()  # handlers cannot be taken back, so this manager is thrown away afterwards
-    path_manager().register_handler(Bucket(tmp_path / "bucket"), allow_override=True)
-    yield tmp_path / "bucket"
-    path_manager.cache_clear()
-
-
-def test_an_address_gets_the_same_data_set_in_place(tmp_path, bucket):
-    local = prepare_synthetic(str(tmp_path / "out"), 100, 60, 10)
-    remote = prepare_synthetic("bucket://data/out", 100, 60, 10)
-    assert remote == local == read_identity("bucket://data/out")
-    assert tree(bucket / "data" / "out") == tree(tmp_path / "out")
-    with pytest.raises(UserError, match="--overwrite"):
-        prepare_synthetic("bucket://data/out", 100, 60, 10)
-    (bucket / "data" / "out" / "train" / "part-00001.parquet").write_text("of a larger data set that was here")
-    prepare_synthetic("bucket://data/out", 100, 60, 10, overwrite=True)
-    assert tree(bucket / "data" / "out") == tree(tmp_path / "out")
-
-
-def test_an_address_without_its_dataset_json_is_what_a_failure_leaves_at_most(bucket, monkeypatch):
-    prepare_synthetic("bucket://data/out", 100, 60, 10)
-    monkeypatch.setattr(SequenceWriter, "write_items", raiser(KeyboardInterrupt()))
-    with pytest.raises(KeyboardInterrupt):
-        prepare_synthetic("bucket://data/out", 100, 60, 10, overwrite=True)
-    assert not (bucket / "data" / "out" / "dataset.json").exists()
 
 
 def raiser(error):
