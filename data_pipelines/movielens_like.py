@@ -10,6 +10,7 @@ from data_pipelines.generator import Catalogue, Generator
 from data_pipelines.output import reraise_full_disk
 from data_pipelines.synthetic import blocks
 from fuxi_torchrec.errors import UserError
+from fuxi_torchrec.files import file_aside
 
 GENRES = (
     "Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy Film-Noir Horror Musical Mystery "
@@ -46,22 +47,17 @@ def write_movielens_archive(
     Raises UserError where the parameters don't fit together, the file exists, or it cannot be written.
     """
     law = _law(items, events_per_user, seed, parameters)
-    if os.path.lexists(path) and not overwrite:
-        raise UserError(f"{path}: exists; pass --overwrite or choose another --output")
     if os.path.isdir(path):
         raise UserError(f"{path}: a folder; --format ml-1m writes one zip file, so name that")
-    temporary = f"{path}.tmp-{os.getpid()}"
+    if os.path.lexists(path) and not overwrite:
+        raise UserError(f"{path}: exists; pass --overwrite or choose another --output")
     try:
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
+        with file_aside(path) as aside, zipfile.ZipFile(aside, "w", zipfile.ZIP_DEFLATED) as archive:
             _write_members(archive, os.path.basename(path).removesuffix(".zip"), law, users)
-        os.replace(temporary, path)
     except OSError as error:
         reraise_full_disk(error, path)
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --output") from None
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
     return path
 
 

@@ -1,19 +1,29 @@
-"""Files that are complete or absent: written beside their place, then moved there."""
+"""Files that are complete or absent: written beside their place, then moved there. No torch."""
 
 import os
-from contextlib import contextmanager
+import secrets
+from contextlib import contextmanager, suppress
 from typing import Iterator
 
 
 @contextmanager
 def file_aside(path: str) -> Iterator[str]:
-    """A temporary path beside `path`, renamed onto it at the end, or removed if anything went wrong."""
-    aside = f"{path}.tmp-{os.getpid()}"
+    """Makes an empty file beside `path`, which is renamed onto `path` at the end, or removed if anything went wrong.
+
+    Its name is random and it is made exclusively: no other process, in another container or under a link that lies
+    there, gets to write it. Raises OSError, naming `path`.
+    """
+    aside = f"{path}.tmp-{secrets.token_hex(8)}"
+    try:
+        os.close(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    except OSError as error:
+        error.filename = path
+        raise
     try:
         yield aside
         os.replace(aside, path)
     finally:
-        if os.path.exists(aside):
+        with suppress(FileNotFoundError):
             os.remove(aside)
 
 
@@ -28,6 +38,6 @@ def naming(path: str) -> Iterator[None]:
 
 
 def write_aside(path: str, text: str) -> None:
-    """Writes a whole file or nothing."""
+    """Writes a whole file or nothing. Raises OSError, naming `path`."""
     with file_aside(path) as aside, open(aside, "w", encoding="utf-8") as file:
         file.write(text)
