@@ -5,10 +5,15 @@ from typing import Any
 from fuxi_torchrec.paths import absolute
 
 
+def add_verify_option(parser: Any) -> None:
+    parser.add_argument("--verify", action="store_true", help="Read the whole data set first and compare its checksums.")
+
+
 def add_model_options(parser: Any) -> None:
     parser.add_argument("--checkpoint", type=str, default="best", help="best, last, or a folder under checkpoints/.")
     parser.add_argument("--data.path", type=str, default=None, help="The data set, if it has moved since training.")
     parser.add_argument("--device", type=str, default=None, help="auto, cpu or cuda; default: as trained.")
+    add_verify_option(parser)
 
 
 def saved_model(options: Any) -> Any:
@@ -25,4 +30,4 @@ def saved_model(options: Any) -> Any:
     check_environment(config.trainer.device)
     from fuxi_torchrec.evaluation.load_model import open_model
 
-    return open_model(run, config, options.checkpoint)
+    return open_model(run, config, options.checkpoint, options.verify)

@@ -5,6 +5,7 @@ import sys
 from contextlib import ExitStack
 from typing import Any, List
 
+from fuxi_torchrec.cli.options import add_verify_option
 from fuxi_torchrec.cli.output import _print_splits
 from fuxi_torchrec.errors import UserError
 
@@ -20,6 +21,7 @@ def _train(arguments: List[str]) -> int:
     parser.add_argument("--output", type=str, default=None, help="Run folder; default runs/<config's name>.")
     parser.add_argument("--resume", action="store_true", help="Go on from the run folder's last checkpoint, if any.")
     parser.add_argument("--profile", action="store_true", help="Write a trace of some early steps to RUN_DIR/profile/.")
+    add_verify_option(parser)
     parser.add_argument("--print-config", action="store_true", help="Print the resolved config as YAML and stop.")
     add_config_arguments(parser)
     if any(argument in ("-h", "--help") for argument in arguments):
@@ -34,10 +36,10 @@ def _train(arguments: List[str]) -> int:
     if not config.data.path:
         raise UserError("data.path: no data set named; give --data.path DIR (made by 'fuxi-torchrec prepare')")
     output = namespace.output or os.path.join("runs", os.path.splitext(os.path.basename(path))[0])
-    return _run_training(config, output, namespace.resume, namespace.profile)
+    return _run_training(config, output, namespace.resume, namespace.profile, namespace.verify)
 
 
-def _run_training(config: Any, output: str, resume: bool, profile: bool) -> int:
+def _run_training(config: Any, output: str, resume: bool, profile: bool, verify: bool) -> int:
     from fuxi_torchrec.config.parsing import make_paths_absolute
     from fuxi_torchrec.config.rules import check_table
     from fuxi_torchrec.data.format import read_identity
@@ -56,10 +58,10 @@ def _run_training(config: Any, output: str, resume: bool, profile: bool) -> int:
     check_table(config, device_type(trainer.device))
     if trainer.compile:
         check_compiler(device_type(trainer.device))
-    return record(_train_together)(config, output, resume, profile)
+    return record(_train_together)(config, output, resume, profile, verify)
 
 
-def _train_together(config: Any, output: str, resume: bool, profile: bool) -> int:
+def _train_together(config: Any, output: str, resume: bool, profile: bool, verify: bool) -> int:
     """Trains among all processes; whatever escapes is recorded in the run's outcome, and for torchrun by `record`."""
     from fuxi_torchrec.data.dataset import SequenceDataset, check_enough_data
     from fuxi_torchrec.data.splits import check_splits
@@ -73,6 +75,7 @@ def _train_together(config: Any, output: str, resume: bool, profile: bool) -> in
     with ExitStack() as owned, recorded_outcome() as outcome, world_of_all as world, fail_together(world, outcome.fail):
         dataset = SequenceDataset(config.data.path)
         check_same_start(world, config.to_dict(), output, dataset.identity.content_checksum)
+        dataset.check_files(world.rank, world.size, verify)
         check_enough_data(dataset, world.size)
         check_splits(dataset, config.data)
         run, resume = _start_run(output, config, dataset, resume, world, owned)

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from fuxi_torchrec.data.checksums import ADVICE, compare, part_names
+from fuxi_torchrec.data.checksums import ADVICE, check_start, compare, part_names, verify_files
 from fuxi_torchrec.data.format import ITEMS_FILE, TRAIN_FOLDER, USERS_FILE, DatasetIdentity, read_identity
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.paths import join, path_manager
@@ -65,6 +65,14 @@ class SequenceDataset:
                 f"{join(folder, TRAIN_FOLDER)}: part files hold {users} users, dataset.json says "
                 f"{self.identity.num_users}; prepare the data set again"
             )
+
+    def check_files(self, rank: int, world_size: int, verify: bool) -> None:
+        """Compares the files with dataset.json's record of them: rank 0 sizes and rows of those beside the parts, which
+        are compared as they are opened; with `verify` every rank the checksums of its share. Raises UserError."""
+        if rank == 0:
+            check_start(self.folder, self.identity)
+        if verify:
+            verify_files(self.folder, self.identity, rank, world_size)
 
     def read(self, group: RowGroup, log_probs: bool = False) -> UserRows:
         """Reads one row group; checks ids against the catalogue and that each user's times do not go back."""

@@ -30,10 +30,12 @@ class SavedModel:
 
 
 @contextmanager
-def open_model(run: RunFolder, config: Config, checkpoint: str) -> Iterator[SavedModel]:
-    """Loads a checkpoint ("best", "last" or a folder's name) of a run beside the data set it was trained on.
+def open_model(run: RunFolder, config: Config, checkpoint: str, verify: bool = False) -> Iterator[SavedModel]:
+    """Loads a checkpoint ("best", "last" or a folder's name) of a run beside the data set it was trained on, whose bytes
+    are compared with their checksums first if `verify` is set.
 
-    Raises UserError where the data set is another one, or the checkpoint is missing, damaged or of another model.
+    Raises UserError where the data set is another or a damaged one, or the checkpoint is missing, damaged or of another
+    model.
     """
     dataset = SequenceDataset(config.data.path)
     trained_on = run.identity()
@@ -46,6 +48,7 @@ def open_model(run: RunFolder, config: Config, checkpoint: str) -> Iterator[Save
         # Nothing is trained here, and a CPU, which can evaluate the model, has no fused adam.
         config = dataclasses.replace(config, table=dataclasses.replace(config.table, optimizer="rowwise_adagrad"))
     with start_world(config.trainer.device, config.trainer.timeout_minutes) as world, fail_together(world):
+        dataset.check_files(world.rank, world.size, verify)
         model, _ = build_distributed(config, dataset.identity, world)
         state = Checkpoints(run.checkpoints, config, dataset.identity.num_items, world).load(checkpoint, model)
         model.eval()

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import sys
 import time
 
@@ -181,3 +182,24 @@ def test_mistakes_with_a_run_get_one_line(finished, capsys, tmp_path):
     part = next((tmp_path / "data" / "train").iterdir())
     part.write_bytes(part.read_bytes()[:-100])
     assert part.name in mistake(capsys, "evaluate", run, "--data.path", tmp_path / "data")
+
+
+def test_a_damaged_data_set_is_noticed_before_any_work_and_by_verify_to_the_byte(finished, capsys, tmp_path):
+    data, run, _ = finished
+    shutil.copytree(data, tmp_path / "data")
+    items = tmp_path / "data" / "items.parquet"
+    there = ("--data.path", tmp_path / "data")
+    commands = {
+        "train": ("train", SMOKE, *there, "--output", tmp_path / "run", *SMALL),
+        "evaluate": ("evaluate", run, *there),
+        "recommend": ("recommend", run, "--users", "1", *there),
+    }
+    whole = items.read_bytes()
+    items.write_bytes(whole[:40] + bytes([whole[40] ^ 1]) + whole[41:])
+    for command in commands.values():
+        line = mistake(capsys, *command, "--verify")
+        assert f"{items}: not the file that prepare wrote (sha256" in line and "dataset.json says" in line
+    items.unlink()
+    for command in commands.values():
+        assert f"{items}: missing" in mistake(capsys, *command)
+    assert not (tmp_path / "run").exists()
