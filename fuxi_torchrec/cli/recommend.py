@@ -2,6 +2,7 @@
 
 from typing import List
 
+from fuxi_torchrec.cli.id_list import split_ids
 from fuxi_torchrec.cli.output import _write
 from fuxi_torchrec.errors import UserError
 
@@ -12,8 +13,10 @@ def _recommend(arguments: List[str]) -> int:
 
     parser = OneLineParser(prog="fuxi-torchrec recommend", description="Top-k items, seen ones left out.")
     parser.add_argument("run", type=str, help="Run folder.")
-    parser.add_argument("--users", type=str, default=None, help="User ids of the data set, 1,2,3.")
-    parser.add_argument("--history", type=str, default=None, help="Item ids, oldest first: item,item or item@time,….")
+    quoted = "an id with a comma or with spaces around it in double quotes, as in CSV."
+    parser.add_argument("--users", type=str, default=None, help=f"User ids of the data set, 1,2,3; {quoted}")
+    history = f"Item ids, oldest first: item,item or item@time,…; {quoted}"
+    parser.add_argument("--history", type=str, default=None, help=history)
     parser.add_argument("--k", type=int, default=10, help="Items a user.")
     parser.add_argument("--at", type=str, default=None, help="Request time in ticks; default: the data set's newest.")
     parser.add_argument("--include-seen", action="store_true", help="Recommend items of the history too.")
@@ -30,10 +33,10 @@ def _recommend(arguments: List[str]) -> int:
         requested = None if options.at is None else rec.to_int64(options.at, "--at")
         catalogue = rec.Catalogue(saved.dataset)
         if options.users is not None:
-            requests = rec.user_requests(saved.dataset, [user.strip() for user in options.users.split(",")])
+            requests = rec.user_requests(saved.dataset, split_ids(options.users))
         else:
             at = saved.dataset.identity.max_timestamp if requested is None else requested
-            requests = [rec.history_request(options.history, catalogue, at)]
+            requests = [rec.history_request(split_ids(options.history), catalogue, at)]
         scores, items = rec.recommend(
             saved.model, saved.dataset, saved.config, saved.world, requests, options.k, requested, options.include_seen
         )

@@ -59,19 +59,21 @@ def to_int64(text: str, what: str) -> int:
     return int(text)
 
 
-def history_request(text: str, catalogue: Catalogue, at: int) -> Request:
-    """A history `item,item@time,…` of the source's item ids, oldest first; items without a time happen at `at`."""
-    parts, events = text.split(","), []
-    dense_ids = catalogue.dense_ids([name.strip() for part in parts for name in (part, part.rpartition("@")[0])])
-    for part in parts:
-        item, mark, when = (part, "", "") if part.strip() in dense_ids else part.rpartition("@")
+def history_request(asked: Sequence[str], catalogue: Catalogue, at: int) -> Request:
+    """A history of the source's item ids, "item" or "item@time", oldest first; items without a time happen at `at`."""
+    names, events = [part.rpartition("@")[0] for part in asked], []
+    dense_ids = catalogue.dense_ids([*asked, *names, *(name.strip() for name in names)])
+    for part in asked:
+        item, mark, when = (part, "", "") if part in dense_ids else part.rpartition("@")
         if not mark:
             item = part
-        if item.strip() not in dense_ids:
+        elif item not in dense_ids:
+            item = item.strip()
+        if item not in dense_ids:
             items = catalogue.dataset.identity.num_items
             raise UserError(f"item {item!r} is not in the catalogue of {items} items")
         time = to_int64(when, f"--history: the time of item {item!r}") if mark else at
-        events.append((dense_ids[item.strip()], time))
+        events.append((dense_ids[item], time))
     events.sort(key=lambda event: event[1])  # stable
     return Request("history", np.array([e[0] for e in events]), np.array([e[1] for e in events]))
 
