@@ -3,6 +3,8 @@
 import contextlib
 import errno
 import os
+import re
+import shutil
 import tempfile
 import weakref
 from typing import Any, BinaryIO, Callable, ContextManager, Dict, Iterator, List, Optional, Tuple
@@ -12,6 +14,7 @@ from fuxi_torchrec.data.checksums import describe_files
 from fuxi_torchrec.data.format import IDENTITY_FILE, TRAIN_FOLDER
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.paths import join, path_manager
+from fuxi_torchrec.run.lock import Lock
 
 REMOVAL_ATTEMPTS = 3  # of a file at an address, whose trouble may pass
 
@@ -22,14 +25,15 @@ class OutputFolder:
     A local folder is written in a temporary one beside it, of a random name, and renamed by `commit`. An address with a
     scheme (a bucket has no rename) is written in place, where `dataset.json`, written last, marks it complete. Leaving
     the context without `commit`, by an error or a signal, removes what was written. Enter it before any work is done: an
-    output that cannot be is refused there, and what is overwritten stays until the new data set needs its place.
+    output that cannot be is refused there, and what is overwritten stays until the new data set needs its place. A lock
+    beside it (at an address: in it) is held all the while; what a killed process left is removed by the next.
 
     folder: where the data set is written. work: a local folder for temporary files, beside the output where that is
     local.
 
     Raises UserError where `output` exists and `overwrite` is not set, where it is not a data set (never deleted), where
     it is a symbolic link or a mount point (nothing can be renamed onto it), where its parent cannot be written, and where
-    the disk is full.
+    the disk is full; FolderInUse where another process writes there for minutes.
     """
 
     def __init__(self, output: str, overwrite: bool = False):
@@ -38,18 +42,20 @@ class OutputFolder:
         self.is_local = "://" not in output
         self._names: List[str] = []
         self._committed = False
+        self._undo = contextlib.ExitStack()
+        # Not by __exit__ alone: a signal may come before its first line.
+        self._clean_up = weakref.finalize(self, self._undo.close)
 
     def __enter__(self) -> "OutputFolder":
-        if self.is_local:
-            self._refuse_place()
-            self._refuse_data_set()
-            self._make_temporary(*os.path.split(os.path.abspath(self.output)))
-            self.folder = join(self.work, "data")
-        else:
-            with self._reaching():
-                self._refuse_data_set()
-            self._make_temporary(tempfile.gettempdir(), "fuxi-prepare")
-            self.folder = self.output
+        try:
+            if self.is_local:
+                self._enter_folder(*os.path.split(os.path.abspath(self.output)))
+            else:
+                self._enter_address()
+        except BaseException:
+            with uninterrupted():
+                self._clean_up()
+            raise
         return self
 
     def open(self, name: str) -> BinaryIO:
@@ -73,18 +79,56 @@ class OutputFolder:
     def commit(self) -> None:
         """Puts the complete data set in place. Call it after `dataset.json` was written and closed."""
         with uninterrupted():
+            self._lock.confirm()
             if self.is_local:
                 self._rename()
             self._committed = True
 
     def __exit__(self, kind, error, traceback) -> bool:
         with uninterrupted():
-            self._clean_up()
             if not self.is_local and not self._committed:
                 self._remove_from_address()
+            self._clean_up()
         if error is not None:
             reraise_full_disk(error, self.output)
         return False
+
+    def _enter_folder(self, parent: str, name: str) -> None:
+        self._refuse_place()
+        self._refuse_data_set()
+        self._undo.callback(_remove_empty, _first_missing(parent), parent)
+        try:
+            os.makedirs(parent, exist_ok=True)
+            self._own(join(parent, f".{name}.lock"))
+            _remove_leftovers(self.output, parent, name)
+            self._refuse_place()  # once more: another prepare may have been waited for
+            self._refuse_data_set()
+            self._make_temporary(parent, name)
+        except OSError as error:
+            reason = f"cannot write there ({error.strerror})"
+            raise UserError(f"{self.output}: {reason}; choose another --output") from None
+        self.folder = join(self.work, "data")
+
+    def _enter_address(self) -> None:
+        with self._reaching():
+            self._refuse_data_set()
+            self._own(join(self.output, "lock"))
+            self._refuse_data_set()
+            self._make_temporary(tempfile.gettempdir(), "fuxi-prepare")
+        self.folder = self.output
+
+    def _own(self, folder: str) -> None:
+        """Keeps others from writing to the same output until this one is left."""
+        self._lock = Lock(folder, self.output)
+        self._undo.callback(_release, self._lock)
+        self._lock.acquire()
+
+    def _make_temporary(self, parent: str, name: str) -> None:
+        """Makes `work`, which is the owner's alone; what is renamed out of it has the usual permissions."""
+        with uninterrupted():
+            temporary = tempfile.TemporaryDirectory("", f".{name}.tmp-", parent, ignore_cleanup_errors=True)
+            self._undo.callback(temporary.cleanup)
+        self.work = temporary.name
 
     def _refuse_place(self) -> None:
         """Raises UserError for a local output onto which no folder can be renamed in the end."""
@@ -104,21 +148,6 @@ class OutputFolder:
     def _refuse_data_set(self) -> None:
         if not self.overwrite and path_manager().isfile(join(self.output, IDENTITY_FILE)):
             raise UserError(f"{self.output}: a data set is there already; pass --overwrite or choose another --output")
-
-    def _make_temporary(self, parent: str, name: str) -> None:
-        """Makes `work`, which is the owner's alone; what is renamed out of it has the usual permissions."""
-        missing = _first_missing(parent)
-        with uninterrupted():
-            try:
-                os.makedirs(parent, exist_ok=True)
-                temporary = tempfile.TemporaryDirectory("", f".{name}.tmp-", parent, ignore_cleanup_errors=True)
-            except OSError as error:
-                _remove_empty(missing, parent)
-                reason = f"cannot write there ({error.strerror})"
-                raise UserError(f"{self.output}: {reason}; choose another --output") from None
-            # Not by __exit__ alone: a signal may come before its first line.
-            self._clean_up = weakref.finalize(self, _clean_up, temporary, missing, parent)
-        self.work = temporary.name
 
     @contextlib.contextmanager
     def _reaching(self) -> Iterator[None]:
@@ -199,9 +228,21 @@ def reraise_full_disk(error: BaseException, place: str) -> None:
         raise UserError(f"{place}: the disk is full; free space there or choose another --output") from None
 
 
-def _clean_up(temporary: tempfile.TemporaryDirectory, missing: Optional[str], parent: str) -> None:
-    temporary.cleanup()
-    _remove_empty(missing, parent)
+def _release(lock: Lock) -> None:
+    with contextlib.suppress(Exception):  # an address may be what went wrong; the lock is abandoned then
+        lock.release()
+
+
+def _remove_leftovers(output: str, parent: str, name: str) -> None:
+    """Removes the temporary folders of processes that were killed: whoever holds the lock knows that none is in use.
+
+    One that was killed between the two renames of `OutputFolder.commit` had put the old data set aside; it comes back.
+    """
+    pattern = re.compile(rf"\.{re.escape(name)}\.tmp-[a-z0-9_]{{8}}")
+    for leftover in [join(parent, found) for found in os.listdir(parent) if pattern.fullmatch(found)]:
+        if os.path.isdir(join(leftover, "old")) and not os.path.lexists(output):
+            os.rename(join(leftover, "old"), output)
+        shutil.rmtree(leftover, ignore_errors=True)  # follows no link
 
 
 def _first_missing(folder: str) -> Optional[str]:

@@ -16,7 +16,8 @@ from data_pipelines.interrupts import ended_by_signals
 from data_pipelines.movielens import prepare_movielens
 from data_pipelines.output import OutputFolder
 from data_pipelines.synthetic import prepare_synthetic
-from fuxi_torchrec.errors import UserError
+from fuxi_torchrec.errors import FolderInUse, UserError
+from fuxi_torchrec.run import lock as locks
 from tests.helpers.pipeline_cases import tree
 
 SIZES = dict(users=20, items=40, events_per_user=5)
@@ -175,3 +176,61 @@ def test_a_signal_that_was_ignored_stays_ignored(tmp_path, monkeypatch):
         assert main(["synthetic", "--users", "9", "--items", "40", "--events-per-user", "3", "--output", f"{tmp_path}/o"]) == 0
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_second_prepare_waits_and_leaves_the_first_ones_work_alone(tmp_path, monkeypatch, capsys):
+    output = str(tmp_path / "out")
+    for name, seconds in (("PATIENCE", 0.2), ("POLL", 0.05)):
+        monkeypatch.setattr(locks, name, seconds)
+    with OutputFolder(output) as first:
+        with first.open("file") as file:
+            file.write(b"x")
+        with pytest.raises(FolderInUse, match=f"{output}: still in use by process {os.getpid()}"):
+            prepare_synthetic(output, **SIZES)
+        assert os.listdir(first.folder) == ["file"]
+    assert f"{output}: in use by process {os.getpid()}" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == []
+
+
+def test_whoever_waited_for_a_data_set_does_not_replace_it_unasked(tmp_path, monkeypatch):
+    """The first one is done in the moment in which the second gets the lock."""
+    acquire = locks.Lock.acquire
+
+    def acquire_after_another(lock):
+        monkeypatch.setattr(locks.Lock, "acquire", acquire)
+        prepare_synthetic(str(tmp_path / "out"), **SIZES)
+        acquire(lock)
+
+    monkeypatch.setattr(locks.Lock, "acquire", acquire_after_another)
+    with pytest.raises(UserError, match="a data set is there already"):
+        prepare_synthetic(str(tmp_path / "out"), **SIZES, seed=1)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+KILLED = """
+import os, signal
+from data_pipelines.output import OutputFolder
+with OutputFolder({!r}) as folder, folder.open("train/part") as file:
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_prepare_left_is_removed_by_the_next_and_nothing_else_is(tmp_path):
+    kept = [".out.tmp-notes", ".out.tmp-abcdefg9.txt", "out.tmp-17", ".other.tmp-abcdefg9"]
+    for name in kept:
+        (tmp_path / name).mkdir()
+    killed = subprocess.run([sys.executable, "-c", KILLED.format(str(tmp_path / "out"))])
+    assert killed.returncode == -signal.SIGKILL
+    assert len(os.listdir(tmp_path)) == len(kept) + 2  # its temporary folder and its lock
+    prepare_synthetic(str(tmp_path / "out"), **SIZES)
+    assert sorted(os.listdir(tmp_path)) == sorted([*kept, "out"])
+
+
+def test_a_data_set_that_a_killed_prepare_had_put_aside_comes_back(tmp_path):
+    prepare_synthetic(str(tmp_path / "out"), **SIZES)
+    before = tree(tmp_path)
+    (tmp_path / ".out.tmp-abcdefg9").mkdir()
+    os.rename(tmp_path / "out", tmp_path / ".out.tmp-abcdefg9" / "old")
+    with pytest.raises(UserError, match="a data set is there already"):
+        prepare_synthetic(str(tmp_path / "out"), **SIZES)
+    assert tree(tmp_path) == before
