@@ -41,7 +41,7 @@ from fuxi_torchrec.evaluation.full_ranking import rank_targets
 from fuxi_torchrec.ops.ranking import Seen
 from fuxi_torchrec.run.folder import RunFolder
 from fuxi_torchrec.sharding.model_parallel import local_parts
-from fuxi_torchrec.training.trainer import Trainer
+from fuxi_torchrec.training.build import build_trainer
 
 WIDTH = 64
 GB = 1e9
@@ -86,7 +86,7 @@ class ShardedStep:
     def __init__(self, num_items: int, options: argparse.Namespace, world: World, stack: ExitStack):
         dataset = RankUsers(num_items, options.users, world.size)
         run = RunFolder(stack.enter_context(tempfile.TemporaryDirectory()))
-        self.trainer = Trainer(sharded_config(options.users, options.negatives), dataset, run, world)
+        self.trainer = build_trainer(sharded_config(options.users, options.negatives), dataset, run, world)
         stack.callback(self.trainer.progression.close)
         self.position = Position()
 
@@ -95,7 +95,7 @@ class ShardedStep:
         dist.barrier()
         start = time.perf_counter()
         (batch,) = self.trainer.stream.epoch(self.position)
-        self.trainer._step(batch, stop=False)
+        self.trainer.step(batch)
         seconds = time.perf_counter() - start
         self.position = replace(self.position, epoch=self.position.epoch + 1, step=batch.position.step)
         return seconds

@@ -32,7 +32,7 @@ from fuxi_torchrec.data.loader import Position, TrainingStream
 from fuxi_torchrec.data.negative_sampler import NegativeSampler
 from fuxi_torchrec.distributed.world import World, start_world
 from fuxi_torchrec.run.folder import RunFolder
-from fuxi_torchrec.training.trainer import Trainer
+from fuxi_torchrec.training.build import build_trainer
 
 BLOCK_USERS = 4096
 BASE = SHAPES["ml-1m-base"]
@@ -91,13 +91,13 @@ def training_rate(folder: str, shuffle_buffer: int, steps: int) -> Dict:
     """Events a second of the Trainer's step, its batches made in line."""
     config = base_config(folder, shuffle_buffer)
     with tempfile.TemporaryDirectory() as run, start_world("cpu") as world:
-        trainer = Trainer(config, SequenceDataset(folder), RunFolder(run), world)
+        trainer = build_trainer(config, SequenceDataset(folder), RunFolder(run), world)
         rates: List[float] = []
         batches = trainer.stream.epoch(Position())
         for step in range(steps + 1):
             start = time.perf_counter()
             batch = next(batches)
-            trainer._step(batch, stop=False)
+            trainer.step(batch)
             if step:  # the first one warms up, and reads the buffer
                 rates.append(batch.num_positions / (time.perf_counter() - start))
         trainer.progression.close()

@@ -29,7 +29,7 @@ from fuxi_torchrec.config import Config, DataConfig, ModelConfig, TrainerConfig
 from fuxi_torchrec.data.loader import Position
 from fuxi_torchrec.distributed.world import start_world
 from fuxi_torchrec.run.folder import RunFolder
-from fuxi_torchrec.training.trainer import Trainer
+from fuxi_torchrec.training.build import build_trainer
 
 
 def memory_dataset(shape: Shape, users: PaddedUsers) -> MemoryDataset:
@@ -58,13 +58,14 @@ class OwnStep:
         )
         run = RunFolder(stack.enter_context(tempfile.TemporaryDirectory()))
         world = stack.enter_context(start_world("cpu"))
-        self.trainer = Trainer(config, memory_dataset(shape, users), run, world)
+        self.trainer = build_trainer(config, memory_dataset(shape, users), run, world)
         stack.callback(self.trainer.progression.close)
         self.position = Position()
 
     def step(self) -> float:
         (batch,) = self.trainer.stream.epoch(self.position)
-        loss, _, _ = self.trainer._step(batch, stop=False)
+        self.trainer.step(batch)
+        loss = self.trainer.record.loss
         self.position = replace(self.position, epoch=self.position.epoch + 1, step=batch.position.step)
         return loss
 

@@ -22,7 +22,7 @@ from fuxi_torchrec.data.dataset import SequenceDataset
 from fuxi_torchrec.data.loader import Position
 from fuxi_torchrec.distributed.world import World, start_world
 from fuxi_torchrec.run.folder import RunFolder
-from fuxi_torchrec.training.trainer import Trainer
+from fuxi_torchrec.training.build import build_trainer
 
 
 class Stepper:
@@ -31,7 +31,7 @@ class Stepper:
     def __init__(self, path: str, dataset: SequenceDataset, world: World, stack: ExitStack):
         config = load_config(path, ["--trainer.device", "cpu"])
         run = RunFolder(stack.enter_context(tempfile.TemporaryDirectory()))
-        self.trainer = Trainer(config, dataset, run, world)
+        self.trainer = build_trainer(config, dataset, run, world)
         stack.callback(self.trainer.progression.close)
         self.batches = self.trainer.stream.epoch(Position())
 
@@ -42,7 +42,7 @@ class Stepper:
         if batch is None:
             self.batches = self.trainer.stream.epoch(Position(epoch=self.trainer.state.position.epoch + 1))
             return self.step()
-        self.trainer._step(batch, stop=False)
+        self.trainer.step(batch)
         return time.perf_counter() - started
 
 

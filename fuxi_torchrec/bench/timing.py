@@ -25,7 +25,7 @@ from fuxi_torchrec.profiling.memory import PeakMemory, available
 from fuxi_torchrec.profiling.stages import StageClock, clocked, stage
 from fuxi_torchrec.run.folder import RunFolder
 from fuxi_torchrec.sharding.memory_estimate import FLOAT_BYTES, KEPT_WIDTHS
-from fuxi_torchrec.training.trainer import Trainer
+from fuxi_torchrec.training.build import build_trainer
 
 WARM_UP_STEPS = 2  # the first one makes the optimizer's state, the second one is looked at for its memory
 
@@ -75,7 +75,7 @@ class BenchCase:
         data = DataConfig(max_sequence_length=length, batch_size=users, shuffle_buffer=users)
         self.config, self.length, self.world = dataclasses.replace(config, data=data), length, world
         run = RunFolder(stack.enter_context(tempfile.TemporaryDirectory()))
-        self.trainer = Trainer(self.config, dataset, run, world)
+        self.trainer = build_trainer(self.config, dataset, run, world)
         stack.callback(self.trainer.progression.close)
         # Every rank takes all users, not a part of them.
         self.stream = TrainingStream(dataset, data, self.trainer.stream.sampler, seed)
@@ -96,7 +96,7 @@ class BenchCase:
             start = time.perf_counter()
             with stage("loader"):
                 batch = self.trainer.pipeline.take(self.batches)
-            self.trainer._step(batch, stop=False)
+            self.trainer.step(batch)
             self.trainer.record.read(batch.position.step)
             seconds, stages = time.perf_counter() - start, clock.take()
             return {**stages, "step": seconds, "other": seconds - sum(stages.values())}

@@ -70,7 +70,7 @@ def _import(checkpoint: str, config: Config, output: str) -> None:
     from fuxi_torchrec.encoders import build_encoder
     from fuxi_torchrec.run.folder import RunFolder
     from fuxi_torchrec.sharding.model_parallel import local_parts
-    from fuxi_torchrec.training.trainer import Trainer
+    from fuxi_torchrec.training.build import build_trainer
 
     dataset = SequenceDataset(config.data.path)
     time_unit = dataset.identity.time_unit
@@ -87,7 +87,7 @@ def _import(checkpoint: str, config: Config, output: str) -> None:
         if world.size > 1:
             raise UserError("import-reference: run it as one process")
         run = RunFolder.create(output, config, dataset.identity, resume=False)
-        trainer = Trainer(config, dataset, run, world)
+        trainer = build_trainer(config, dataset, run, world)
         try:
             create_optimizer_state(trainer.model, trainer.optimizer)  # as a step does, so that training can go on
             trainer.model.module.tower.encoder.load_state_dict(encoder.state_dict())

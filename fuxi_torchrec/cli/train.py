@@ -68,7 +68,7 @@ def _train_together(config: Any, output: str, resume: bool, profile: bool, verif
     from fuxi_torchrec.distributed.failures import Interrupted, check_same_start, fail_together
     from fuxi_torchrec.distributed.world import start_world
     from fuxi_torchrec.run.outcome import recorded_outcome
-    from fuxi_torchrec.training.trainer import Trainer
+    from fuxi_torchrec.training.build import build_trainer
 
     world_of_all = start_world(config.trainer.device, config.trainer.timeout_minutes)
     # The folder is given back last: until then its outcome is this run's.
@@ -81,7 +81,7 @@ def _train_together(config: Any, output: str, resume: bool, profile: bool, verif
         run, resume = _start_run(output, config, dataset, resume, world, owned)
         if world.is_main:
             outcome.begin(run)
-        training = Trainer(config, dataset, run, world, resume, profile)
+        training = build_trainer(config, dataset, run, world, resume, profile)
         try:
             results = training.fit()
         except Interrupted as stopped:

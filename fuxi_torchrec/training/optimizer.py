@@ -1,5 +1,7 @@
 """The optimizers of a run: AdamW for dense parameters, beside fused ones of sharded tables."""
 
+from typing import Optional
+
 import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
@@ -37,6 +39,12 @@ def prepare_step(optimizer: CombinedOptimizer, learning_rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["rate_ratio"]
     optimizer.zero_grad()
+
+
+def clip_gradients(model: DistributedModelParallel, max_norm: Optional[float]) -> None:
+    """Scales the dense parameters' gradients down to a norm of at most max_norm; None leaves them as they are."""
+    if max_norm is not None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
 
 
 def check_parameters(model: DistributedModelParallel, world: World, step: int) -> None:

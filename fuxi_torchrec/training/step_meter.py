@@ -27,12 +27,16 @@ class StepRecord:
     Args:
         world: whose losses are added up.
         peak_flops: FLOP/s of one device; None: no MFU.
+
+    Attributes:
+        loss: newest mean loss over the global batch that was read; nan before.
     """
 
     def __init__(self, world: World, peak_flops: Optional[float] = None):
         self.world, self.peak_flops = world, peak_flops
         self._unread: List[_Unread] = []
         self._losses: List[Tuple[float, int]] = []
+        self.loss = math.nan
         self._tokens, self._flops, self._seconds = 0, 0, 0.0
         self.start()
 
@@ -51,22 +55,21 @@ class StepRecord:
         """A step's summed loss on this rank, and its positions on all."""
         self._unread.append(_Unread(step, loss_sum.detach(), positions, user_ids_B))
 
-    def read(self, now: int) -> Optional[float]:
-        """The newest mean loss over the global batch; None where all were read before. A collective, all ranks read alike.
+    def read(self, now: int) -> None:
+        """Reads the losses since the last time; the newest is `loss` then. A collective, all ranks read alike.
 
-        Raises UserError at step `now` where a loss since the last time is not finite.
+        Raises UserError at step `now` where one of them is not finite.
         """
         if not self._unread:
-            return None
+            return
         unread, self._unread = self._unread, []
         here_S = torch.stack([step.loss_sum for step in unread]).double()
         mine, totals = here_S.tolist(), self.world.sum(here_S).tolist()
         for step, loss_sum, total in zip(unread, mine, totals):
-            loss = total / step.positions
+            loss = self.loss = total / step.positions
             if not math.isfinite(loss):
                 raise self._diverged(step, loss_sum, now)
             self._losses.append((loss, step.positions))
-        return loss
 
     def _diverged(self, step: _Unread, loss_sum: float, now: int) -> UserError:
         """Every rank comes here, since the loss is that of all; the users are those of the ranks where it broke."""

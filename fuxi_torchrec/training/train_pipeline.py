@@ -4,7 +4,7 @@ Both hand out batches and run the forward pass; what a step does with the loss i
 losses.
 """
 
-from typing import Any, Iterator, Optional
+from typing import Any, Iterator, Optional, Union
 
 import torch
 from torch import Tensor, nn
@@ -97,7 +97,10 @@ class SparseDistPipeline(TrainPipelineSparseDist):
     _computed = False
 
 
-def build_pipeline(config: Config, model: DistributedModelParallel, device: torch.device):
-    """trainer.train_pipeline, or what suits the device."""
+Pipeline = Union[BasePipeline, SparseDistPipeline]
+
+
+def build_pipeline(config: Config, model: DistributedModelParallel, device: torch.device) -> Pipeline:
+    """Builds trainer.train_pipeline, or what suits the device."""
     kind = config.trainer.train_pipeline or ("sparse_dist" if device.type == "cuda" else "base")
     return SparseDistPipeline(model, device) if kind == "sparse_dist" else BasePipeline(model, device)

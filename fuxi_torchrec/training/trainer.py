@@ -6,99 +6,142 @@ on as if never stopped. No step waits for a GPU: what the host must know of it, 
 """
 
 import signal
-import sys
 import time
+from dataclasses import dataclass
 from typing import Any, Dict, Iterator, List, NamedTuple, NoReturn, Optional
 
 import torch
+from torch import Tensor
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.optim.keyed import CombinedOptimizer
 
 from fuxi_torchrec.checkpoint.manager import Checkpoints
 from fuxi_torchrec.config import Config, evaluation_splits
-from fuxi_torchrec.config.unused import Resolved, unused_keys
 from fuxi_torchrec.data.batch import SequenceBatch
 from fuxi_torchrec.data.dataset import SequenceDataset
-from fuxi_torchrec.data.loader import Position, TrainingStream, check_same_order, positions_after
-from fuxi_torchrec.data.negative_sampler import NegativeSampler, training_frequency
+from fuxi_torchrec.data.loader import Position, TrainingStream
 from fuxi_torchrec.data.prefetch import pinned, prefetch, prefetch_depth
 from fuxi_torchrec.distributed.failures import Interrupted, signals
 from fuxi_torchrec.distributed.world import World
 from fuxi_torchrec.encoders.mixing import MixingEncoder
-from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.evaluation.evaluate import Stopped, evaluate
 from fuxi_torchrec.evaluation.popularity import popularity
 from fuxi_torchrec.profiling.flops import FORWARD_AND_BACKWARD, encoder_flops, loss_flops, non_embedding_parameters
-from fuxi_torchrec.profiling.peak_flops import peak_flops
 from fuxi_torchrec.profiling.stages import stage
 from fuxi_torchrec.profiling.trace import StepProfile
 from fuxi_torchrec.run.folder import RunFolder
 from fuxi_torchrec.run.reporting import Progression
-from fuxi_torchrec.sharding.model_parallel import build_distributed
-from fuxi_torchrec.sharding.plan import PLAN_FILE, plan_record, trained_by
-from fuxi_torchrec.training.compile import compile_blocks
-from fuxi_torchrec.training.optimizer import build_optimizer, check_parameters, prepare_step
+from fuxi_torchrec.training.optimizer import check_parameters, clip_gradients, prepare_step
 from fuxi_torchrec.training.schedule import learning_rate, step_seed
 from fuxi_torchrec.training.step_meter import StepRecord
-from fuxi_torchrec.training.train_pipeline import build_pipeline
+from fuxi_torchrec.training.train_pipeline import Pipeline
 from fuxi_torchrec.training.train_state import RunState
 
 
-class StepDone(NamedTuple):
-    """loss: mean over the global batch; None where it has been left on the device. positions: the global number. stop:
-    whether any rank was told to stop."""
+class StepTotals(NamedTuple):
+    """Counts of a step over all ranks; stop: whether any rank was told to stop; flops: forward and backward."""
 
-    loss: Optional[float]
-    positions: int
+    tokens: int
+    users: int
     stop: bool
+    flops: int
+
+
+class StepResult(NamedTuple):
+    """What a step gives: this rank's summed loss, on the device, and the counts of all ranks. Without a token on any rank
+    there was nothing to do, and nothing was updated."""
+
+    loss_sum: Tensor
+    totals: StepTotals
+
+
+@dataclass
+class TrainingParts:
+    """What a trainer is made of; see `build_trainer`. profile: None unless some steps are to be traced."""
+
+    model: DistributedModelParallel
+    optimizer: CombinedOptimizer
+    pipeline: Pipeline
+    stream: TrainingStream
+    checkpoints: Checkpoints
+    record: StepRecord
+    state: RunState
+    progression: Progression
+    profile: Optional[StepProfile] = None
 
 
 class Trainer:
-    """One run, from its first or its resumed step to the last.
+    """Trains one run, from its first or its resumed step to the last.
 
     Args:
         config: a checked Config.
         dataset: the prepared data set.
         run: the run's folder.
         world: this process's place.
-        resume: go on from the last checkpoint, if there is one.
-        profile: record some early steps for a trace viewer.
+        parts: model, optimizer, data and everything else (`build_trainer` makes them).
     """
 
-    def __init__(
-        self,
-        config: Config,
-        dataset: SequenceDataset,
-        run: RunFolder,
-        world: World,
-        resume: bool = False,
-        profile: bool = False,
-    ):
+    def __init__(self, config: Config, dataset: SequenceDataset, run: RunFolder, world: World, parts: TrainingParts):
         self.config, self.dataset, self.run, self.world = config, dataset, run, world
-        seed, num_items = config.trainer.seed, dataset.identity.num_items
-        torch.manual_seed(seed)
-        self.model, self.table = build_distributed(config, dataset.identity, world)
-        self._tell_unused()
-        if config.trainer.compile:
-            compile_blocks(self.model.module.tower.encoder)
-        self.optimizer = build_optimizer(self.model, config.optimizer, self.table.rate_ratio)
-        self.pipeline = build_pipeline(config, self.model, world.device)
-        frequency_V = training_frequency(config.loss, config.data, dataset, world)
-        sampler = NegativeSampler(config.loss, num_items, seed, world.rank, frequency_V)
-        self.stream = TrainingStream(dataset, config.data, sampler, seed, world.rank, world.size)
-        plan, table = self.model.plan, self.table
-        beside = {PLAN_FILE: plan_record(plan, table, num_items, config.model.embedding_dim, world.size)}
-        self.checkpoints = Checkpoints(run.checkpoints, config, num_items, world, beside, trained_by(plan, table), run)
-        self.record = StepRecord(world, peak_flops(config.trainer, world.device))
+        self.model, self.optimizer, self.pipeline, self.stream = parts.model, parts.optimizer, parts.pipeline, parts.stream
+        self.checkpoints, self.record, self.state = parts.checkpoints, parts.record, parts.state
+        self.progression, self.profile = parts.progression, parts.profile
         self.reads_every_step = world.device.type == "cpu"  # where it costs nothing
-        self.state = RunState(config, dataset.identity.num_users)
         self.received: List[int] = []  # signals
-        if resume:
-            self._resume()
-        else:
-            self.checkpoints.refuse_others()
-        if world.is_main:
-            run.describe(config, dataset.identity)
-        self.progression = Progression(run, self.state.done, self.state.step, world.is_main)
-        self.profile = StepProfile(run, self.progression.say) if profile and world.is_main else None
+
+    def step(self, batch: SequenceBatch) -> StepResult:
+        """Trains on one global batch, of which every rank brings its part, as the pipeline handed it out."""
+        self.prepare(batch)
+        loss_sum = self.forward(batch)
+        totals = self.count(batch)
+        if totals.tokens:
+            self.backward(batch, loss_sum, totals)
+            self.update(batch, totals)
+        return StepResult(loss_sum.detach(), totals)
+
+    def prepare(self, batch: SequenceBatch) -> None:
+        """Sets the step's random seed and learning rate, and clears gradients."""
+        step = batch.position.step
+        torch.manual_seed(step_seed(self.config.trainer.seed, self.world.rank, step))
+        self.learning_rate = learning_rate(self.config.optimizer, step, self.state.done)
+        prepare_step(self.optimizer, self.learning_rate)
+
+    def forward(self, batch: SequenceBatch) -> Tensor:
+        """Computes this rank's summed loss, float32 scalar."""
+        return self.pipeline.forward(batch)
+
+    def count(self, batch: SequenceBatch) -> StepTotals:
+        """Adds up over all ranks what the host knows of the step; a collective of the hosts alone."""
+        config = self.config
+        flops = encoder_flops(config.model, batch.host_lengths)
+        if not config.loss.cross_rank:
+            flops += loss_flops(batch.num_positions, batch.num_candidates, config.model.embedding_dim)
+        here = [batch.num_positions, len(batch.user_ids_B), bool(self.received), batch.num_candidates, flops]
+        tokens, users, stops, candidates, flops = self.world.sum_on_host(here)
+        if config.loss.cross_rank:  # each token is set against every rank's candidates
+            flops += loss_flops(tokens, candidates, config.model.embedding_dim)
+        return StepTotals(tokens, users, stops > 0, FORWARD_AND_BACKWARD * flops)
+
+    def backward(self, batch: SequenceBatch, loss_sum: Tensor, totals: StepTotals) -> None:
+        """Makes the gradients of the mean loss over the global batch; sharded tables are updated on the way.
+
+        Raises UserError, before anything is updated, for a loss that is not finite where reading it costs nothing.
+        """
+        self.record.add_loss(batch.position.step, loss_sum, totals.tokens, batch.user_ids_B)
+        if self.reads_every_step:
+            self.record.read(batch.position.step)
+        # DDP averages over ranks, and so does TorchRec for the rows of a sharded table (its gradient division); the loss
+        # is the mean over the positions of the global batch.
+        with stage("backward"):
+            (loss_sum * (self.world.size / totals.tokens)).backward()
+
+    def update(self, batch: SequenceBatch, totals: StepTotals) -> None:
+        """Clips gradients, updates the dense parameters, and moves the run on by this step."""
+        with stage("optimizer"):
+            clip_gradients(self.model, self.config.optimizer.clip_grad_norm)
+            self.optimizer.step()
+        self.state.trained(batch.position, totals.users, totals.tokens, totals.flops)
+        self.record.lap(totals.tokens, totals.flops)
 
     def fit(self) -> Dict[str, Dict[str, float]]:
         """Trains to the end, then evaluates the best checkpoint. Returns {split: metrics} with a popularity row as
@@ -134,54 +177,43 @@ class Trainer:
         }
 
     def _epoch(self) -> None:
-        state, device_type = self.state, self.world.device.type
-        epoch = state.position.epoch
-        stream = pinned(self.stream.epoch(state.position), device_type)
-        batches = self._in_step(prefetch(stream, prefetch_depth(self.config.data, device_type)))
-        self.pipeline.drop()
+        epoch = self.state.position.epoch
         self.record.start()
-        while True:
-            with stage("loader"):
-                batch = self.pipeline.take(batches)
-            done = self._step(batch, bool(self.received))
-            if done is None:
+        for batch in self._batches():
+            totals = self.step(batch).totals
+            if not totals.tokens:
                 break
-            if self.profile:
-                self.profile.step()
-            self.progression.step(state.done)
-            if state.step % self.config.trainer.log_every_steps == 0:
-                self._log()
-            if done.stop:
-                self._stop(evaluation_due=state.evaluates_after_step())
-            if state.reached_max_steps:
+            self._report_step()
+            if totals.stop:
+                self._stop(evaluation_due=self.state.evaluates_after_step())
+            if self.state.reached_max_steps:
                 break
-            if state.evaluates_after_step():
-                self._evaluate_and_save(must_save=state.saves_after_step())
-                self.record.start()
-                if state.patience_is_out:
-                    return
-            elif state.saves_after_step():
-                self.save(is_best=False)
-                self.record.start()
+            self._evaluate_or_save()
+            if self.state.patience_is_out:
+                return
         if not self.record.is_empty:
             self._log()
-        if not state.reached_max_steps:
-            state.begin_epoch(epoch + 1)
+        if not self.state.reached_max_steps:
+            self.state.begin_epoch(epoch + 1)
             self.stream.deals = []
         self._end_of_epoch(epoch)
 
-    def _end_of_epoch(self, epoch: int) -> None:
-        evaluates = self.state.evaluates_after_epoch(epoch)
-        if evaluates and self.state.is_finished and self.state.chooses_nothing():
-            self.save(is_best=True)  # the final evaluation is of this model
-        elif evaluates:
-            self._evaluate_and_save(must_save=self.state.saves_after_epoch(epoch))
-        elif self.state.saves_after_epoch(epoch):
-            self.save(is_best=False)
+    def _batches(self) -> Iterator[SequenceBatch]:
+        """The rest of the epoch, as the pipeline hands it out."""
+        kind = self.world.device.type
+        stream = pinned(self.stream.epoch(self.state.position), kind)
+        batches = self.with_empty_batches(prefetch(stream, prefetch_depth(self.config.data, kind)))
+        self.pipeline.drop()
+        while True:
+            with stage("loader"):
+                batch = self.pipeline.take(batches)
+            if batch is None:
+                return
+            yield batch
 
-    def _in_step(self, batches: Iterator[SequenceBatch]) -> Iterator[SequenceBatch]:
-        """An epoch's batches, then, among several ranks, empty ones without end: a rank without data left keeps step with
-        the others until none has a position left."""
+    def with_empty_batches(self, batches: Iterator[SequenceBatch]) -> Iterator[SequenceBatch]:
+        """Adds empty batches without end to an epoch's, among several ranks: a rank without data left keeps step with the
+        others until none has a position left."""
         position = self.state.position
         for batch in batches:
             position = batch.position
@@ -191,44 +223,30 @@ class Trainer:
             position = batch.position
             yield batch
 
-    def _step(self, batch: Optional[SequenceBatch], stop: bool) -> Optional[StepDone]:
-        """One optimizer step on a batch that the pipeline handed out; None: there is none left, or no rank has a position
-        left, and no step is made."""
-        if batch is None:
-            return None
-        position = batch.position
-        torch.manual_seed(step_seed(self.config.trainer.seed, self.world.rank, position.step))
-        self.learning_rate = learning_rate(self.config.optimizer, position.step, self.state.done)
-        prepare_step(self.optimizer, self.learning_rate)
-        loss_sum = self.pipeline.forward(batch)
-        here = [batch.num_positions, len(batch.user_ids_B), stop, batch.num_candidates, self._forward_flops(batch)]
-        positions, users, stops, candidates, flops = self.world.sum_on_host(here)
-        if positions == 0:
-            return None
-        self.record.add_loss(position.step, loss_sum, positions, batch.user_ids_B)
-        loss = self.record.read(position.step) if self.reads_every_step else None
-        # DDP averages over ranks, and so does TorchRec for the rows of a sharded table (its gradient division); the loss
-        # is the mean over the positions of the global batch.
-        with stage("backward"):
-            (loss_sum * (self.world.size / positions)).backward()
-        with stage("optimizer"):
-            if self.config.optimizer.clip_grad_norm is not None:
-                torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip_grad_norm)
-            self.optimizer.step()
-        if self.config.loss.cross_rank:
-            flops += loss_flops(positions, candidates, self.config.model.embedding_dim)
-        flops *= FORWARD_AND_BACKWARD
-        self.state.trained(position, users, positions, flops)
-        self.record.lap(positions, flops)
-        return StepDone(loss, positions, stops > 0)
+    def _report_step(self) -> None:
+        if self.profile:
+            self.profile.step()
+        self.progression.step(self.state.done)
+        if self.state.step % self.config.trainer.log_every_steps == 0:
+            self._log()
 
-    def _forward_flops(self, batch: SequenceBatch) -> int:
-        """Of this rank's tower, and of its loss where no rank sees another's candidates."""
-        model = self.config.model
-        flops = encoder_flops(model, batch.host_lengths)
-        if not self.config.loss.cross_rank:
-            flops += loss_flops(batch.num_positions, batch.num_candidates, model.embedding_dim)
-        return flops
+    def _evaluate_or_save(self) -> None:
+        """What is due after a step, in the middle of an epoch."""
+        if self.state.evaluates_after_step():
+            self._evaluate_and_save(must_save=self.state.saves_after_step())
+            self.record.start()
+        elif self.state.saves_after_step():
+            self.save(is_best=False)
+            self.record.start()
+
+    def _end_of_epoch(self, epoch: int) -> None:
+        evaluates = self.state.evaluates_after_epoch(epoch)
+        if evaluates and self.state.is_finished and self.state.chooses_nothing():
+            self.save(is_best=True)  # the final evaluation is of this model
+        elif evaluates:
+            self._evaluate_and_save(must_save=self.state.saves_after_epoch(epoch))
+        elif self.state.saves_after_epoch(epoch):
+            self.save(is_best=False)
 
     def _log(self) -> None:
         step = self.state.step
@@ -297,30 +315,3 @@ class Trainer:
             "metrics_bytes": self.run.metrics_size(),
         }
         self.checkpoints.save(self.model, self.optimizer, state, is_best)
-
-    def _resume(self) -> None:
-        """Goes on from the newest whole checkpoint, or begins where no checkpoint was ever completed."""
-        state = self.checkpoints.load_newest(self.model, self.optimizer, self._say)
-        if state and state["dataset"] != self.dataset.identity.content_checksum:
-            raise UserError(f"{self.run.path}: its checkpoints were made on another data set; name that by --data.path")
-        if state:
-            check_same_order(self.run.path, state, self.config)
-        if self.world.is_main:
-            if state is None:
-                self.run.refuse_lost_checkpoints(self.checkpoints.folder)
-            self.run.forget_after(state["metrics_bytes"] if state else 0)
-        if state is None:
-            return
-        position, self.stream.deals = positions_after(state, self.world.rank, self.world.size)
-        self.state.restore(state, position)
-
-    def _tell_unused(self) -> None:
-        """Names the keys that were set without any effect, in one line."""
-        resolved = Resolved(self.table.is_sharded, self.world.device.type, self.world.size)
-        keys = unused_keys(self.config, resolved)
-        if keys:
-            self._say(f"not used by this run: {', '.join(keys)}")
-
-    def _say(self, text: str) -> None:
-        if self.world.is_main:
-            print(text, file=sys.stderr, flush=True)

@@ -72,10 +72,10 @@ STUCK = f"""
 import time
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.training import Trainer
-def fail(self, batch, stop):
+def fail(self, batch):
     {RANK_1}raise UserError('a mistake in the middle')
     time.sleep(600)
-Trainer._step = fail
+Trainer.step = fail
 """
 
 

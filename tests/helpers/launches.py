@@ -20,11 +20,11 @@ SMALL = (
 SLOWLY = """
 import os, sys, time
 from fuxi_torchrec.training import Trainer
-step = Trainer._step
-def slow(self, batch, stop):
+step = Trainer.step
+def slow(self, batch):
     time.sleep(float(os.environ.get("SLOW", 0)))
-    return step(self, batch, stop)
-Trainer._step = slow
+    return step(self, batch)
+Trainer.step = slow
 """
 MAIN = "from fuxi_torchrec.cli import main\nsys.exit(main())\n"
 

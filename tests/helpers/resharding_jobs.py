@@ -10,7 +10,7 @@ from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.evaluation.evaluate import evaluate
 from fuxi_torchrec.run.folder import RunFolder
 from fuxi_torchrec.sharding.model_parallel import build_distributed
-from fuxi_torchrec.training.trainer import Trainer
+from fuxi_torchrec.training.build import build_trainer
 
 
 def stretch(world, config, output, resume):
@@ -19,17 +19,17 @@ def stretch(world, config, output, resume):
     dataset = SequenceDataset(config.data.path)
     run = RunFolder.create(output, config, dataset.identity, resume) if world.is_main else RunFolder(output)
     dist.barrier()
-    trainer = Trainer(config, dataset, run, world, resume)
-    seen, step = [], trainer._step
+    trainer = build_trainer(config, dataset, run, world, resume)
+    seen, step = [], trainer.step
 
-    def counted(batch, stop):
-        seen.extend((batch.position.epoch, user) for user in (batch.user_ids_B.tolist() if batch else []))
-        return step(batch, stop)
+    def counted(batch):
+        seen.extend((batch.position.epoch, user) for user in batch.user_ids_B.tolist())
+        return step(batch)
 
     def state():
         return parts_held(trainer), evaluate(trainer.model, dataset, config, "test", world)
 
-    trainer._step, begin = counted, state()
+    trainer.step, begin = counted, state()
     while not trainer.state.is_finished:
         trainer._epoch()
     trainer.progression.close()
@@ -40,7 +40,7 @@ def refused(world, config, output):
     """The message of a resume that is refused."""
     dataset = SequenceDataset(config.data.path)
     try:
-        Trainer(config, dataset, RunFolder(output), world, resume=True)
+        build_trainer(config, dataset, RunFolder(output), world, resume=True)
     except UserError as error:
         return str(error)
 

@@ -23,7 +23,7 @@ from fuxi_torchrec.ops.ranking import Seen
 from fuxi_torchrec.ops.row_wise.dispatch import l2_normalize
 from fuxi_torchrec.run.folder import RunFolder
 from fuxi_torchrec.sharding.model_parallel import build_distributed, local_parts
-from fuxi_torchrec.training.trainer import Trainer
+from fuxi_torchrec.training.build import build_trainer
 
 GLOBAL_BATCH = 30  # users; four ranks get 8, 8, 7 and 7
 
@@ -83,7 +83,7 @@ def loss_curve(world, config, output, steps, order=0):
     """Losses of `steps` steps on the same global batches at any world size; `order` permutes the users inside them."""
     dataset = SequenceDataset(config.data.path)
     run = RunFolder.create(output, config, dataset.identity, False) if world.is_main else RunFolder(output)
-    trainer = Trainer(config, dataset, run, world)
+    trainer = build_trainer(config, dataset, run, world)
     rows = concatenate([dataset.read(group) for group in dataset.row_groups])
     users = windows(rows, config.data, "train")
     sampler = DrawnPerUser(dataset.identity.num_items, config.loss.num_negatives)
@@ -98,7 +98,8 @@ def loss_curve(world, config, output, steps, order=0):
         sampler.users, sampler.lengths = mine.user_ids_U, mine.stop_U - mine.start_U - 1
         position = dataclasses.replace(trainer.state.position, step=step)
         batch = trainer.pipeline.take(iter([collate(rows, mine, sampler, step, position)]))
-        losses.append(trainer._step(batch, False)[0])
+        trainer.step(batch)
+        losses.append(trainer.record.loss)
     trainer.progression.close()
     return losses
 
@@ -178,7 +179,7 @@ def trained(world, config, output, resume=False):
     dataset = SequenceDataset(config.data.path)
     run = RunFolder.create(output, config, dataset.identity, resume) if world.is_main else RunFolder(output)
     dist.barrier()
-    results = Trainer(config, dataset, run, world, resume).fit()
+    results = build_trainer(config, dataset, run, world, resume).fit()
     return [line["loss"] for line in run.metrics() if "loss" in line], results
 
 
@@ -193,9 +194,9 @@ def first_move(world, config, output):
     """How far the first step moves any cell of the table."""
     dataset = SequenceDataset(config.data.path)
     run = RunFolder.create(output, config, dataset.identity, False) if world.is_main else RunFolder(output)
-    trainer = Trainer(config, dataset, run, world)
+    trainer = build_trainer(config, dataset, run, world)
     before = [part.clone() for _, _, part in local_parts(trainer.model)]
-    trainer._step(trainer.pipeline.take(trainer.stream.epoch(trainer.state.position)), False)
+    trainer.step(trainer.pipeline.take(trainer.stream.epoch(trainer.state.position)))
     trainer.progression.close()
     return max(float((part - old).abs().max()) for (_, _, part), old in zip(local_parts(trainer.model), before))
 
@@ -204,8 +205,8 @@ def exchanged_ahead(world, config, output):
     """How many lookups of the next batch are on their way once a batch's forward pass is done."""
     dataset = SequenceDataset(config.data.path)
     run = RunFolder.create(output, config, dataset.identity, False) if world.is_main else RunFolder(output)
-    trainer = Trainer(config, dataset, run, world)
-    batches = trainer._in_step(trainer.stream.epoch(trainer.state.position))
+    trainer = build_trainer(config, dataset, run, world)
+    batches = trainer.with_empty_batches(trainer.stream.epoch(trainer.state.position))
     trainer.pipeline.forward(trainer.pipeline.take(batches))
     ahead = len(trainer.pipeline.contexts[1].input_dist_tensors_requests)
     trainer.pipeline.drop()
@@ -217,8 +218,8 @@ def held_and_saved(world, config, output):
     """The bytes of the table and of its optimizer's state that this rank holds after a step, and the checkpoint's name."""
     dataset = SequenceDataset(config.data.path)
     run = RunFolder.create(output, config, dataset.identity, False) if world.is_main else RunFolder(output)
-    trainer = Trainer(config, dataset, run, world)
-    trainer._step(trainer.pipeline.take(trainer.stream.epoch(trainer.state.position)), False)
+    trainer = build_trainer(config, dataset, run, world)
+    trainer.step(trainer.pipeline.take(trainer.stream.epoch(trainer.state.position)))
     trainer.save(is_best=False)
     trainer.progression.close()
     state = trainer.optimizer.state_dict()["state"].get("embeddings.embeddings.item.weight", {})

@@ -8,7 +8,7 @@ from fuxi_torchrec.config.rules import check
 from fuxi_torchrec.data.dataset import SequenceDataset
 from fuxi_torchrec.distributed.world import start_world
 from fuxi_torchrec.run.folder import RunFolder
-from fuxi_torchrec.training.trainer import Trainer
+from fuxi_torchrec.training.build import build_trainer
 
 
 def tiny(folder, **trainer):
@@ -29,7 +29,7 @@ def train(config, output, resume=False, before=None):
     dataset = SequenceDataset(config.data.path)
     with start_world("cpu") as world:
         run = RunFolder.create(str(output), config, dataset.identity, resume)
-        trainer = Trainer(config, dataset, run, world, resume)
+        trainer = build_trainer(config, dataset, run, world, resume)
         if before:
             before(trainer)
         return trainer.fit()
@@ -51,14 +51,14 @@ def stop_after(steps):
     """Sends this process a SIGTERM once `steps` steps are done."""
 
     def arrange(trainer):
-        step = trainer._step
+        step = trainer.step
 
-        def counted(batch, stop):
-            done = step(batch, stop)
+        def counted(batch):
+            done = step(batch)
             if trainer.state.position.step == steps:
                 os.kill(os.getpid(), signal.SIGTERM)
             return done
 
-        trainer._step = counted
+        trainer.step = counted
 
     return arrange

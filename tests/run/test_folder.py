@@ -20,14 +20,14 @@ def killed_after(steps):
     """Ends training without a save once `steps` steps are done."""
 
     def arrange(trainer):
-        step = trainer._step
+        step = trainer.step
 
-        def counted(batch, stop):
+        def counted(batch):
             if trainer.state.position.step == steps:
                 raise Killed
-            return step(batch, stop)
+            return step(batch)
 
-        trainer._step = counted
+        trainer.step = counted
 
     return arrange
 

@@ -9,11 +9,11 @@ from tests.helpers.training_runs import losses
 
 IMPATIENT = "from fuxi_torchrec.run import lock\nlock.PATIENCE = 0.5\n"
 STUCK = """
-fast = Trainer._step
-def stuck(self, batch, stop):
+fast = Trainer.step
+def stuck(self, batch):
     time.sleep(600 if self.state.step == 3 else 0)
-    return fast(self, batch, stop)
-Trainer._step = stuck
+    return fast(self, batch)
+Trainer.step = stuck
 """
 RUN = ("--resume", "--trainer.max_epochs", "1")
 
