@@ -158,7 +158,7 @@ def read_marker(folder: str) -> Optional[Dict[str, Any]]:
 
 def read_config(folder: str) -> Dict[str, Any]:
     """Reads the plain values, {section: {key: value}}, of the config that a checkpoint was made under."""
-    with path_manager().open(join(folder, CONFIG_FILE), "r") as file:
+    with path_manager().open(join(folder, CONFIG_FILE), "rb") as file:
         return yaml.safe_load(file)
 
 

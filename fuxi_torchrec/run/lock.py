@@ -200,8 +200,8 @@ def _owner_in(text: str) -> Optional[Owner]:
 
 
 def _read(path: str) -> str:
-    with path_manager().open(path, "r") as file:
-        return file.read()
+    with path_manager().open(path, "rb") as file:
+        return file.read().decode("utf-8", "replace")
 
 
 def _clock() -> float:
