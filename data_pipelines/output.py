@@ -13,7 +13,7 @@ from data_pipelines.interrupts import uninterrupted
 from fuxi_torchrec.data.checksums import describe_files
 from fuxi_torchrec.data.format import IDENTITY_FILE, TRAIN_FOLDER
 from fuxi_torchrec.errors import UserError
-from fuxi_torchrec.paths import join, path_manager
+from fuxi_torchrec.paths import is_address, join, names_in, path_manager
 from fuxi_torchrec.run.lock import Lock
 
 REMOVAL_ATTEMPTS = 3  # of a file at an address, whose trouble may pass
@@ -39,7 +39,7 @@ class OutputFolder:
     def __init__(self, output: str, overwrite: bool = False):
         self.output = output.rstrip("/") or output[:1]
         self.overwrite = overwrite
-        self.is_local = "://" not in output
+        self.is_local = not is_address(output)
         self._names: List[str] = []
         self._committed = False
         self._undo = contextlib.ExitStack()
@@ -166,8 +166,8 @@ class OutputFolder:
         if manager.isfile(join(self.output, IDENTITY_FILE)):
             manager.rm(join(self.output, IDENTITY_FILE))
         train = join(self.output, TRAIN_FOLDER)
-        for name in manager.ls(train) if manager.isdir(train) else []:
-            manager.rm(join(train, os.path.basename(name)))
+        for name in names_in(train):
+            manager.rm(join(train, name))
 
     def _rename(self) -> None:
         old = join(self.work, "old")

@@ -14,14 +14,14 @@ import pyarrow.parquet as pq
 
 from fuxi_torchrec.data.format import ITEMS_FILE, TRAIN_FOLDER, USERS_FILE, DatasetIdentity
 from fuxi_torchrec.errors import UserError
-from fuxi_torchrec.paths import join, path_manager
+from fuxi_torchrec.paths import join, names_in, path_manager
 
 ADVICE = "copy the data set again from where it is whole, or prepare it again"
 
 
 def part_names(folder: str) -> List[str]:
     """Lists the part files, "train/part-….parquet", in name order."""
-    names = sorted(path_manager().ls(join(folder, TRAIN_FOLDER)))
+    names = sorted(names_in(join(folder, TRAIN_FOLDER)))
     return [f"{TRAIN_FOLDER}/{name}" for name in names if name.startswith("part-") and name.endswith(".parquet")]
 
 

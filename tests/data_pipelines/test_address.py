@@ -7,63 +7,47 @@ import shutil
 
 import numpy as np
 import pytest
-from iopath.common.file_io import PathHandler
 
 from data_pipelines.events import prepare_events
 from data_pipelines.synthetic import prepare_synthetic
 from data_pipelines.writer import SequenceWriter
+from fuxi_torchrec.data.dataset import SequenceDataset
 from fuxi_torchrec.data.format import read_identity
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.paths import path_manager
 from fuxi_torchrec.run import lock as locks
+from tests.helpers.bucket import Bucket
 from tests.helpers.pipeline_cases import tree
 
 ADDRESS = "bucket://data/out"
 SIZES = dict(users=100, items=60, events_per_user=10)
 
 
-class Bucket(PathHandler):
-    """bucket://… kept in a local folder as a bucket keeps it: no rename, and a file is there once it is closed.
-
-    `before` is called ahead of every request, by name, and may fail.
-    """
+class FailingBucket(Bucket):
+    """A bucket where a file is there once it is closed. `before` is called ahead of every request, and may fail."""
 
     def __init__(self, folder):
-        super().__init__()
-        self.folder = str(folder)
+        super().__init__(str(folder))
         self.before = lambda request: None
 
-    def local(self, request, path):
-        self.before(request)
-        return path.replace("bucket:/", self.folder)
-
-    def _get_supported_prefixes(self):
-        return ["bucket://"]
-
-    def _open(self, path, mode="r", *args, **kwargs):
-        local = self.local("open", path)
+    def _open(self, path, mode="r", *args, **more):
+        self.before("open")
         if "w" not in mode:
-            return open(local, mode)
-        upload = Upload(local, self)
+            return super()._open(path, mode)
+        upload = Upload(self._local(path), self)
         return upload if "b" in mode else io.TextIOWrapper(upload, "utf-8")
 
-    def _exists(self, path):
-        return os.path.exists(self.local("exists", path))
+    def _exists(self, path, **more):
+        self.before("exists")
+        return super()._exists(path)
 
-    def _isfile(self, path):
-        return os.path.isfile(self.local("isfile", path))
+    def _ls(self, path, **more):
+        self.before("ls")
+        return super()._ls(path)
 
-    def _isdir(self, path):
-        return os.path.isdir(self.local("isdir", path))
-
-    def _ls(self, path):
-        return os.listdir(self.local("ls", path))
-
-    def _rm(self, path):
-        os.remove(self.local("rm", path))
-
-    def _mkdirs(self, path):
-        self.local("mkdirs", path)
+    def _rm(self, path, **more):
+        self.before("rm")
+        return super()._rm(path)
 
 
 class Upload(io.BytesIO):
@@ -97,20 +81,20 @@ class Unreachable(Exception):
 def bucket(tmp_path, monkeypatch):
     monkeypatch.setattr(locks, "SETTLE", 0.0)  # no other process starts in the same moment
     path_manager.cache_clear()  # handlers cannot be taken back, so this manager is thrown away afterwards
-    bucket = Bucket(tmp_path / "bucket")
+    bucket = FailingBucket(tmp_path / "bucket")
     path_manager().register_handler(bucket, allow_override=True)
     yield bucket
     path_manager.cache_clear()
 
 
 def stored(bucket):
-    found = tree(os.path.join(bucket.folder, "data", "out"))
+    found = tree(os.path.join(bucket.root, "data", "out"))
     return {name: content for name, content in found.items() if name.split("/")[0] != "lock"}
 
 
 def forget_lock(bucket):
     """A release that failed leaves a lock that the next would wait for, as long as an owner may miss heartbeats."""
-    shutil.rmtree(os.path.join(bucket.folder, "data", "out", "lock"), ignore_errors=True)
+    shutil.rmtree(os.path.join(bucket.root, "data", "out", "lock"), ignore_errors=True)
 
 
 def test_an_address_gets_the_same_data_set_in_place(tmp_path, bucket):
@@ -119,7 +103,7 @@ def test_an_address_gets_the_same_data_set_in_place(tmp_path, bucket):
     assert stored(bucket) == tree(tmp_path / "out")
     with pytest.raises(UserError, match="--overwrite"):
         prepare_synthetic(ADDRESS, **SIZES)
-    with open(os.path.join(bucket.folder, "data/out/train/part-00001.parquet"), "w") as file:
+    with open(os.path.join(bucket.root, "data/out/train/part-00001.parquet"), "w") as file:
         file.write("of a larger data set that was here")
     prepare_synthetic(ADDRESS, **SIZES, overwrite=True)
     assert stored(bucket) == tree(tmp_path / "out")
@@ -163,7 +147,7 @@ def test_whichever_request_fails_it_ends_by_one_line_with_the_data_set_complete_
     complete, requests = stored(bucket), []
     bucket.before = requests.append
     assert not refused(bucket)
-    assert {"open", "write", "close", "isfile", "isdir", "exists", "ls", "rm", "mkdirs"} == set(requests)
+    assert {"open", "write", "close", "exists", "ls", "rm"} == set(requests)
     kinds = set(requests)
     chosen = {requests.index(kind) for kind in kinds} | {len(requests) - 1 - requests[::-1].index(kind) for kind in kinds}
     for number in sorted(chosen | set(range(0, len(requests), len(requests) // 8))):
@@ -202,3 +186,14 @@ def is_json(content):
         return bool(json.loads(content))
     except ValueError:
         return False
+
+
+def test_a_data_set_at_an_address_is_opened_and_verified_there(bucket):
+    """Listing there takes a folder by its '/' and answers with whole keys."""
+    prepare_synthetic(ADDRESS, **SIZES)
+    dataset = SequenceDataset(ADDRESS)
+    dataset.check_files(rank=0, world_size=1, verify=True)
+    assert sum(len(dataset.read(group).user_ids_U) for group in dataset.row_groups) == 100
+    os.remove(os.path.join(bucket.root, "data/out/items.parquet"))
+    with pytest.raises(UserError, match=f"{ADDRESS}/items.parquet: missing"):
+        dataset.check_files(rank=0, world_size=1, verify=False)
