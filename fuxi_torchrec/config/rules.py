@@ -4,32 +4,17 @@ No torch here, as in config.
 """
 
 import dataclasses
-from typing import Optional, get_args
+from typing import Any, Optional, get_args
 
-from fuxi_torchrec.config.schema import CHANNEL_PRESETS, METRICS, Config, LossConfig, evaluation_splits
+from fuxi_torchrec.config.schema import CHANNEL_PRESETS, METRICS, Config, LossConfig, config_keys, evaluation_splits
 from fuxi_torchrec.errors import UserError
 
 
 def check(config: Config) -> None:
     """Raises UserError, naming the key, for values that no run could have. Types were checked when they were read."""
-    _check_nulls(config)
-    for key, value, least in _bounded(config):
-        if value is not None and value < least:
-            raise UserError(f"{key}: {value} is too small; it must be at least {least}")
-    for key in ("input_dropout", "dropout", "attention_dropout"):
-        if not 0 <= getattr(config.model, key) < 1:
-            raise UserError(f"model.{key}: {getattr(config.model, key)} is not in [0, 1)")
-    positive = ("loss.temperature", "loss.l2_eps", "optimizer.learning_rate")
-    for key in (*positive, "trainer.timeout_minutes", "trainer.peak_tflops"):
-        section, name = key.split(".")
-        value = getattr(getattr(config, section), name)
-        if value is not None and not value > 0:
-            raise UserError(f"{key}: {value} must be greater than 0")
-    if any(not 0 <= beta < 1 for beta in config.optimizer.betas):
-        raise UserError(f"optimizer.betas: {list(config.optimizer.betas)} are not in [0, 1)")
-    clip = config.optimizer.clip_grad_norm
-    if clip is not None and not clip > 0:
-        raise UserError(f"optimizer.clip_grad_norm: {clip} must be greater than 0; null switches clipping off")
+    for name, key in config_keys().items():
+        section = getattr(config, name.split(".")[0])
+        _check_value(name, getattr(section, key.name), key)
     if config.trainer.metric not in METRICS:
         raise UserError(f"trainer.metric: '{config.trainer.metric}' is none of {', '.join(METRICS)}")
     _check_model(config)
@@ -38,34 +23,20 @@ def check(config: Config) -> None:
     _check_split(config)
 
 
-def _check_nulls(config: Config) -> None:
-    """A YAML null gets past the parser for any key."""
-    for section in dataclasses.fields(config):
-        values = getattr(config, section.name)
-        for field_ in dataclasses.fields(values):
-            if getattr(values, field_.name) is None and type(None) not in get_args(field_.type):
-                raise UserError(f"{section.name}.{field_.name}: null is no value for this key; leave it out for the default")
-
-
-def _bounded(config: Config):
-    ones = {
-        "data": ("max_sequence_length", "batch_size", "tokens_per_batch", "shuffle_buffer"),
-        "model": ("embedding_dim", "num_blocks", "num_heads", "value_dim", "qk_dim", "padded_length"),
-        "loss": ("num_negatives", "max_in_batch", "chunk_logits"),
-        "evaluation": ("batch_size", "every_epochs", "every_steps"),
-        "trainer": ("max_epochs", "max_steps", "log_every_steps", "patience"),
-    }
-    zeros = {
-        "data": ("prefetch",),
-        "loss": ("sampling_alpha", "uniform_negatives"),
-        "optimizer": ("weight_decay", "warmup_steps", "min_learning_rate"),
-        "trainer": ("seed",),
-    }
-    ones["trainer"] += ("checkpoint_every_epochs", "checkpoint_every_steps", "keep_checkpoints")
-    for least, table in ((1, ones), (0, zeros)):
-        for section, names in table.items():
-            for name in names:
-                yield f"{section}.{name}", getattr(getattr(config, section), name), least
+def _check_value(name: str, value: Any, key: dataclasses.Field) -> None:
+    """A key's value by itself."""
+    if value is None:
+        if type(None) not in get_args(key.type):  # a YAML null gets past the parser for any key
+            raise UserError(f"{name}: null is no value for this key; leave it out for the default")
+        return
+    if isinstance(value, str) and "\0" in value:
+        raise UserError(f"{name}: {value!r} holds a null character, which no name of a file can have")
+    if "bounds" in key.metadata:
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            complaint = key.metadata["bounds"].complaint(number)
+            if complaint:
+                default = "; null takes the default" if key.default is None else ""
+                raise UserError(f"{name}: {value} {complaint}{default}")
 
 
 def _check_model(config: Config) -> None:
@@ -125,9 +96,6 @@ def check_table(config: Config, device_type: Optional[str] = None) -> None:
     """Refuses pairs of sharding, optimizer and device that cannot train. device_type: "cpu" or "cuda" where something is
     to be trained; a model can be evaluated on another device than trained it."""
     table = config.table
-    for key in ("learning_rate", "hbm_gb", "ddr_gb", "intra_host_gb_s", "inter_host_gb_s"):
-        if getattr(table, key) is not None and not getattr(table, key) > 0:
-            raise UserError(f"table.{key}: {getattr(table, key)} must be greater than 0; null takes the default")
     if table.optimizer == "adamw" and table.sharding not in ("auto", "replicated"):
         raise UserError(
             f"table.optimizer: adamw trains only replicated tables, not table.sharding={table.sharding}; take "

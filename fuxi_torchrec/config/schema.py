@@ -1,12 +1,14 @@
 """The configuration of a run: nested dataclasses, filled from YAML and dotted overrides by the command line.
 
-No torch here: `--help` and config errors must answer at once. Types and unknown keys are refused by jsonargparse; which
-values go together is in rules.
+A key's type, default, bounds (`within`) and help (the docstring below it) stand side by side here; which values go
+together is in rules. No torch here: `--help` and config errors must answer at once.
 """
 
 import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Literal, Optional, Tuple
+
+from fuxi_torchrec.config.bounds import LARGEST_COUNT, LARGEST_INT32, LARGEST_INT64, Range, within
 
 __all__ = [  # what fuxi_torchrec.config hands on
     "CHANNEL_PRESETS",
@@ -21,6 +23,7 @@ __all__ = [  # what fuxi_torchrec.config hands on
     "OptimizerConfig",
     "TableConfig",
     "TrainerConfig",
+    "config_keys",
     "evaluation_splits",
 ]
 
@@ -34,211 +37,234 @@ CHANNEL_PRESETS: Dict[str, Tuple[ChannelName, ...]] = {
     "fuxi_alpha": ("positional", "bucketed_temporal", "semantic"),
 }
 """The channels of the FuXi encoders where model.channels is null."""
+METRIC_CUTOFFS = (1, 10, 50, 100, 200, 500, 1000)
+METRICS = tuple(f"{kind}@{k}" for kind in ("hr", "ndcg") for k in METRIC_CUTOFFS) + ("mrr", "cross_entropy")
+
+# Bounds that several keys share.
+COUNT = Range(at_least=1, at_most=LARGEST_COUNT)
+COUNT_OR_ZERO = Range(at_least=0, at_most=LARGEST_COUNT)
+LENGTH = Range(at_least=1, at_most=LARGEST_INT32)
+WIDTH = Range(at_least=1, at_most=2**16)
+BLOCKS_OR_HEADS = Range(at_least=1, at_most=1024)
+PROBABILITY = Range(at_least=0, below=1)
+RATE = Range(at_least=1e-30, at_most=1e30)
+GIBIBYTES = Range(above=0, at_most=2**20)
+GIGABYTES_A_SECOND = Range(above=0, at_most=1e6)
 
 
 @dataclass
 class DataConfig:
-    """What is read, how it is split, and how it is batched."""
+    """Data: what is read, how it is split, and how it is batched."""
 
     path: str = ""
     """Folder of a prepared data set."""
     split: Literal["leave_one_out", "leave_two_out", "temporal"] = "leave_one_out"
-    """leave_one_out tests on each user's last event (the papers); leave_two_out adds a validation event before it;
-    temporal splits all users at temporal_cutoffs."""
-    temporal_cutoffs: Optional[List[int]] = None
-    """For split=temporal: [test_start] or [validation_start, test_start], in the data set's own time ticks."""
-    max_sequence_length: int = 200
-    """Most history events that the encoder sees; training takes the last max_sequence_length + 1 events."""
-    batch_size: int = 128
+    """leave_one_out tests on each user's last event, as the papers do. leave_two_out also takes the event before it, for
+    validation. temporal splits all users at the times of temporal_cutoffs."""
+    temporal_cutoffs: Optional[List[int]] = within(None, Range(at_least=-(2**63), at_most=LARGEST_INT64))
+    """The times at which split=temporal cuts, in the data set's own unit of time: [TEST_START], or [VALIDATION_START,
+    TEST_START]. Other splits take null."""
+    max_sequence_length: int = within(200, LENGTH)
+    """Longest history that the encoder sees, in events: a user's newest ones. Training reads one event more, the last
+    target."""
+    batch_size: int = within(128, COUNT)
     """Users in a training batch, per rank."""
-    tokens_per_batch: Optional[int] = None
-    """If set, a rank's batch ends before its supervised positions exceed this (batch_size still bounds its users)."""
-    shuffle_buffer: int = 65536
-    """Users that are shuffled together (whole row groups, at least one), in the memory of every rank. A data set no
-    larger is read by all ranks and dealt user by user, of a larger one each rank reads a part."""
-    prefetch: Optional[int] = None
-    """Batches made ahead in a background thread; null: 2 beside a GPU, 0 on a CPU, where the thread would only take its
-    time from the others."""
+    tokens_per_batch: Optional[int] = within(None, COUNT)
+    """Most events to predict in a rank's batch, which ends before it exceeds them; batch_size bounds its users all the
+    same. null: no bound."""
+    shuffle_buffer: int = within(65536, COUNT)
+    """Users that are shuffled together, in the memory of every rank; rounded up to whole row groups of the files. Every
+    rank reads all of a data set that fits the buffer, and its own part of a larger one."""
+    prefetch: Optional[int] = within(None, COUNT_OR_ZERO)
+    """Batches that a background thread makes ahead. null: 2 with a GPU, 0 on a CPU, where the thread would slow down the
+    training."""
 
 
 @dataclass
 class ModelConfig:
-    """The tower. The names are those of the papers' code; see docs/models.md."""
+    """Model: the encoder of a user's history. The names are those of the papers' code; see docs/models.md."""
 
     encoder: EncoderName = "fuxi_beta"
-    """Which tower; fuxi_beta and fuxi_alpha are one block with different channels."""
-    embedding_dim: int = 50
-    """D, also the width of the item table."""
-    num_blocks: int = 2
-    """L."""
-    num_heads: int = 1
-    """H."""
-    value_dim: int = 50
-    """d, per head (FuXi, HSTU)."""
-    qk_dim: int = 50
-    """d_qk, per head (FuXi's semantic channel, HSTU)."""
-    ffn_multiply: float = 1.0
-    """Width of the feed-forward layer over embedding_dim (FuXi, SASRec); 0 leaves FuXi's with its first stage alone, the
-    output projection."""
+    """Architecture. fuxi_beta and fuxi_alpha are one block with different channels."""
+    embedding_dim: int = within(50, WIDTH)
+    """Width of the item embeddings and of the encoder (D in the papers)."""
+    num_blocks: int = within(2, BLOCKS_OR_HEADS)
+    """Blocks of the encoder, one after the other."""
+    num_heads: int = within(1, BLOCKS_OR_HEADS)
+    """Heads of each block. SASRec's must divide embedding_dim."""
+    value_dim: int = within(50, WIDTH)
+    """Width of the values, per head (FuXi, HSTU, FLASH)."""
+    qk_dim: int = within(50, WIDTH)
+    """Width of queries and keys, per head (FuXi's semantic channel, HSTU, FLASH)."""
+    ffn_multiply: float = within(1.0, Range(at_least=0, at_most=1024))
+    """Width of the feed-forward layer, as a multiple of embedding_dim (FuXi, SASRec). 0, for FuXi alone: a block ends
+    with its output projection."""
     channels: Optional[List[ChannelName]] = None
-    """FuXi's token-mixing channels; null takes the preset of the encoder's name."""
+    """What FuXi mixes a user's events by, a list of positional, semantic, and temporal or bucketed_temporal. null: those
+    of the paper of the encoder."""
     bias_function: BiasFunction = "pow"
-    """f(x) of the functional temporal channel."""
+    """Function of the time between two events that weighs them in the temporal channel (FuXi and the β variants)."""
     token_mixing: TokenMixing = "auto"
-    """FuXi: how the channels are computed, with the same results up to rounding and mixing_tolerance; auto: the fastest
-    for the device, the lengths and bias_function. docs/token_mixing.md."""
-    mixing_tolerance: float = 1e-6
-    """FuXi: largest relative error of a pow map where token_mixing is linear; a smaller one takes more terms."""
+    """Algorithm of the positional and temporal channels (FuXi and the β variants). Results are the same up to rounding,
+    and up to mixing_tolerance for linear. auto: the fastest one for the device, the lengths and bias_function; see
+    docs/token_mixing.md."""
+    mixing_tolerance: float = within(1e-6, Range(at_least=1e-12, at_most=1e-2))
+    """Largest relative error of bias_function=pow with token_mixing=linear. A smaller one takes more time."""
     activation: Literal["relu", "gelu"] = "relu"
-    """SASRec's feed-forward activation."""
-    input_dropout: float = 0.2
-    """Dropout on the item embeddings plus positions."""
-    dropout: float = 0.2
+    """Activation of the feed-forward layer (SASRec)."""
+    input_dropout: float = within(0.2, PROBABILITY)
+    """Dropout on the encoder's input, the sum of item and position embeddings."""
+    dropout: float = within(0.2, PROBABILITY)
     """Dropout inside the blocks."""
-    attention_dropout: float = 0.0
-    """Dropout on attention weights (SASRec)."""
-    padded_length: Optional[int] = None
-    """Rows of the position tables (and HSTU's and FuXi-α's divisor); null: max_sequence_length + 11, as in the papers'
-    code."""
+    attention_dropout: float = within(0.0, PROBABILITY)
+    """Dropout on the attention weights (SASRec)."""
+    padded_length: Optional[int] = within(None, LENGTH)
+    """Longest history that the model has position embeddings for, at least data.max_sequence_length. HSTU, FLASH and
+    FuXi-α divide their attention weights by it. null: data.max_sequence_length + 11, as in the papers' code."""
 
 
 @dataclass
 class LossConfig:
-    """Sampled softmax."""
+    """Loss: the sampled softmax."""
 
     negatives: Literal["per_token", "shared", "in_batch", "mixed", "full"] = "per_token"
-    """per_token: num_negatives drawn for every position (the papers); shared: one pool of num_negatives per step and
-    rank (large catalogues); in_batch: the batch's positives, each once; mixed: a pool and the batch's positives; full: all
-    items, the exact softmax (small catalogues)."""
-    num_negatives: int = 128
-    """Drawn with replacement: for every position (per_token), or for the pool (shared, mixed)."""
-    sampling_alpha: float = 0.0
-    """They are drawn in proportion to (training frequency + 1)^sampling_alpha; 0: uniformly from the catalogue."""
-    uniform_negatives: int = 0
-    """Drawn uniformly besides, into a pool that is otherwise drawn by frequency."""
-    max_in_batch: Optional[int] = None
-    """Most in-batch items a rank offers, chosen at random; null: all (their number is at most that of positions)."""
+    """Items that the item to be predicted is set against. per_token: num_negatives drawn anew for each prediction, as the
+    papers do. shared: num_negatives drawn for each batch of a rank (large catalogues). in_batch: the items to be
+    predicted elsewhere in the batch, each once. mixed: shared and in_batch together. full: all items, which is the exact
+    softmax (small catalogues)."""
+    num_negatives: int = within(128, COUNT)
+    """Items drawn, with replacement: for each prediction (per_token), or for the batch (shared, mixed)."""
+    sampling_alpha: float = within(0.0, Range(at_least=0, at_most=8))
+    """Items are drawn in proportion to (frequency in training + 1)^sampling_alpha; 0: all alike."""
+    uniform_negatives: int = within(0, COUNT_OR_ZERO)
+    """Items drawn all alike, beside num_negatives that are drawn by frequency (shared, mixed)."""
+    max_in_batch: Optional[int] = within(None, COUNT)
+    """Most items of the batch that a rank offers, chosen at random (in_batch, mixed). null: all."""
     cross_rank: bool = False
-    """Every rank's positions see the pools and in-batch items of all ranks."""
+    """Whether each rank's predictions are set against the items of all ranks (shared, in_batch, mixed)."""
     log_q: bool = False
-    """Subtracts log(expected count) from candidates' logits, to estimate the full softmax (docs/negatives.md)."""
+    """Whether logits are corrected for how often an item is expected among the negatives, so that the loss estimates the
+    full softmax; see docs/negatives.md."""
     mask_history: bool = False
-    """Masks candidates that are among the user's own events in the batch, past or future."""
-    temperature: float = 0.05
+    """Whether a user's own events in the batch, past or future, are left out of the negatives (shared, in_batch, mixed,
+    full)."""
+    temperature: float = within(0.05, Range(above=0))
     """Divisor of the logits, which are cosines."""
-    chunk_logits: int = 2**22
-    """Most logits that exist at a time, float32 each: bounds the loss's memory, whatever the batch."""
-    l2_eps: float = 1e-6
-    """Least norm that outputs and item embeddings are divided by."""
+    chunk_logits: int = within(2**22, COUNT)
+    """Most logits in memory at a time, 4 bytes each."""
+    l2_eps: float = within(1e-6, Range(above=0))
+    """Smallest norm that outputs and item embeddings are divided by."""
 
 
 @dataclass
 class TableConfig:
-    """The item table: how it is cut over the ranks, and what trains it. docs/sharding.md."""
+    """Item table: how the ranks share it, and what trains it; see docs/sharding.md."""
 
     sharding: Literal["auto", "replicated", "row_wise", "table_wise", "column_wise"] = "auto"
-    """replicated: every rank holds the whole table, trained by AdamW (the papers). row_wise, table_wise, column_wise:
-    each rank holds a part. auto: replicated where table, gradient and AdamW's state take at most 2 % of a rank's
-    memory, else the planner's choice."""
+    """replicated: each rank holds the whole table, trained by AdamW, as the papers do. row_wise, table_wise, column_wise:
+    each rank holds a part. auto: replicated where the table, its gradient and AdamW's state take at most 2 % of a rank's
+    memory; else TorchRec's planner chooses."""
     optimizer: Optional[Literal["adamw", "rowwise_adagrad", "adagrad", "adam"]] = None
-    """null: adamw for a replicated table, rowwise_adagrad for a sharded one. adamw trains only replicated tables, the
-    others only sharded ones, inside backward; adam needs CUDA."""
-    learning_rate: Optional[float] = None
-    """Highest learning rate of a sharded table; follows the schedule of optimizer.learning_rate, which null takes."""
-    hbm_gb: Optional[float] = None
-    """GPU memory of a rank, GiB, that the planner counts with; null: the device's own."""
-    ddr_gb: Optional[float] = None
-    """Host memory of a rank, GiB; null: the machine's, shared by its ranks."""
-    intra_host_gb_s: Optional[float] = None
-    """What the planner takes a rank to exchange with ranks of its own host, 10^9 bytes a second; null: TorchRec's default
-    (NVLink's 644)."""
-    inter_host_gb_s: Optional[float] = None
-    """The same with ranks of other hosts; null: TorchRec's default (13.4, a 100 Gbit/s card for every rank)."""
+    """adamw trains replicated tables alone, the others sharded ones alone; adam needs a GPU. null: adamw for a replicated
+    table, rowwise_adagrad for a sharded one."""
+    learning_rate: Optional[float] = within(None, RATE)
+    """Highest learning rate of a sharded table, which follows optimizer.schedule too. null: optimizer.learning_rate."""
+    hbm_gb: Optional[float] = within(None, GIBIBYTES)
+    """GPU memory of a rank that the planner counts with, in GiB. null: the GPU's."""
+    ddr_gb: Optional[float] = within(None, GIBIBYTES)
+    """Host memory of a rank that the planner counts with, in GiB. null: the machine's, divided by its ranks."""
+    intra_host_gb_s: Optional[float] = within(None, GIGABYTES_A_SECOND)
+    """Speed at which the planner expects ranks of one host to exchange data, in 10^9 bytes a second. null: TorchRec's
+    default, 644 (NVLink)."""
+    inter_host_gb_s: Optional[float] = within(None, GIGABYTES_A_SECOND)
+    """The same between hosts. null: TorchRec's default, 13.4 (a 100 Gbit/s card for each rank)."""
 
 
 @dataclass
 class OptimizerConfig:
-    """AdamW on everything that is dense."""
+    """Optimizer: AdamW for all parameters but a sharded item table."""
 
-    learning_rate: float = 1e-3
+    learning_rate: float = within(1e-3, RATE)
     """Highest learning rate."""
-    betas: Tuple[float, float] = (0.9, 0.98)
-    """Decay of AdamW's first and second moments."""
-    weight_decay: float = 0.0
+    betas: Tuple[float, float] = within((0.9, 0.98), PROBABILITY)
+    """Decay rates of AdamW's first and second moment."""
+    weight_decay: float = within(0.0, Range(at_least=0, at_most=1e30))
     """AdamW's decoupled weight decay."""
-    warmup_steps: int = 0
-    """Steps of linear warm-up."""
+    warmup_steps: int = within(0, COUNT_OR_ZERO)
+    """Steps in which the learning rate rises linearly to its highest."""
     schedule: Literal["constant", "cosine"] = "constant"
-    """After warm-up: constant, or cosine down to min_learning_rate at the last step."""
-    min_learning_rate: float = 0.0
-    """Where the cosine ends."""
-    clip_grad_norm: Optional[float] = None
-    """Largest global gradient norm; null: no clipping. A sharded table is updated inside backward, unclipped."""
+    """Learning rate after the warm-up: constant, or a cosine down to min_learning_rate at the last step."""
+    min_learning_rate: float = within(0.0, Range(at_least=0, at_most=1e30))
+    """Learning rate at the end of schedule=cosine."""
+    clip_grad_norm: Optional[float] = within(None, Range(above=0))
+    """Largest norm of the gradient of all parameters; a larger gradient is scaled down. A sharded table is not clipped.
+    null: no clipping."""
 
 
 @dataclass
 class EvaluationConfig:
-    """Full-ranking evaluation."""
+    """Evaluation: a user's target ranked among all items."""
 
-    batch_size: int = 128
-    """Users whose histories are encoded together."""
-    every_epochs: Optional[int] = 1
-    """Evaluate after every so many epochs; null: only at the end, whose model is then the one that is
-    kept."""
-    every_steps: Optional[int] = None
-    """Evaluate after every so many steps as well."""
+    batch_size: int = within(128, COUNT)
+    """Users in an evaluation batch, per rank."""
+    every_epochs: Optional[int] = within(1, COUNT)
+    """Epochs between evaluations. null: only the model at the end of training is evaluated, and kept."""
+    every_steps: Optional[int] = within(None, COUNT)
+    """Steps between further evaluations. null: none."""
     split: Optional[Literal["validation", "test"]] = None
-    """Split watched during training; null: validation where the data split has one, else test (as the papers do)."""
+    """Split that is evaluated during training. null: validation where data.split has it, else test, as the papers do."""
 
 
 @dataclass
 class TrainerConfig:
-    """The loop: how long, on what, and which model is kept."""
+    """Trainer: how long, on what, and which model is kept."""
 
-    max_epochs: int = 101
+    max_epochs: int = within(101, COUNT)
     """Passes over the training users."""
-    max_steps: Optional[int] = None
-    """Stop after so many steps even inside an epoch."""
-    seed: int = 0
-    """Decides initial values, order, negatives and dropout."""
+    max_steps: Optional[int] = within(None, COUNT)
+    """Steps after which training ends, even inside an epoch. null: max_epochs alone decides."""
+    seed: int = within(0, Range(at_least=0, at_most=2**64 - 1))
+    """Decides initial values, order of the users, negatives and dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: CUDA where torch sees a GPU."""
+    """Where to train. auto: a GPU where there is one."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: autocast of the tower; logits, norms, time differences and the loss stay float32."""
+    """bf16: the encoder computes in bfloat16; parameters, logits, time differences and the loss stay float32."""
     compile: bool = False
-    """torch.compile of what in the tower's blocks is row by row: norms, gates, dropout and products. Needs a C++ compiler on
-    a CPU, where it takes the place of kernels in C; Triton on a GPU. docs/performance.md."""
+    """Whether torch.compile compiles the encoder's norms, gates, dropout and matrix products. It needs a C++ compiler on a
+    CPU and Triton on a GPU; see docs/performance.md."""
     activation_checkpointing: bool = False
-    """Keep only the blocks' inputs for backward, and compute each block forward twice: less memory, more time."""
-    peak_tflops: Optional[float] = None
-    """What a device can do at most, in TFLOP/s, that MFU is taken against; null: a known GPU's at trainer.precision, and
-    no MFU on another device."""
-    log_every_steps: int = 10
-    """Steps between training lines; a line's loss is the mean since the last one. On a GPU it is also looked at only then:
-    whether it is finite, too."""
-    checkpoint_every_epochs: int = 1
+    """Whether backward computes each block's forward pass again instead of keeping it: less memory, more time."""
+    peak_tflops: Optional[float] = within(None, Range(above=0))
+    """Highest speed of the device, in 10^12 operations a second; the utilisation (MFU) is reported as a part of it. null:
+    what is known of the GPU for trainer.precision; on another device no utilisation is reported."""
+    log_every_steps: int = within(10, COUNT)
+    """Steps between lines on training; a line's loss is the mean since the last one. On a GPU, whether the loss is finite
+    is looked at only then."""
+    checkpoint_every_epochs: int = within(1, COUNT)
     """Epochs between checkpoints."""
-    checkpoint_every_steps: Optional[int] = None
-    """Steps between checkpoints inside an epoch, as well."""
-    keep_checkpoints: int = 2
-    """Newest checkpoints that are kept, beside the best; with two, a damaged newest one loses little."""
+    checkpoint_every_steps: Optional[int] = within(None, COUNT)
+    """Steps between further checkpoints inside an epoch. null: none."""
+    keep_checkpoints: int = within(2, COUNT)
+    """Newest checkpoints that are kept, beside the best. With two, a damaged newest one loses little."""
     checkpoint_folder: Optional[str] = None
-    """Where checkpoints are kept, a folder or an address that iopath knows; null: checkpoints/ in the run folder."""
+    """Where checkpoints are kept: a folder, or an address like s3://BUCKET/FOLDER. null: checkpoints/ in the run folder."""
     async_checkpoint: Optional[bool] = None
-    """Write checkpoints in the background from a copy in CPU memory; null: where training is on a GPU."""
-    timeout_minutes: float = 30.0
-    """A process that keeps the others waiting longer than this is given up, and the run stops."""
+    """Whether checkpoints are written in the background, from a copy in CPU memory. null: only when training on a GPU."""
+    timeout_minutes: float = within(30.0, Range(at_least=1e-3, at_most=60 * 24 * 365))
+    """Longest time that processes wait for another one, before they take it for lost and end the run."""
     train_pipeline: Optional[Literal["base", "sparse_dist"]] = None
-    """sparse_dist: the ids of the next batch are exchanged while this one computes; null: sparse_dist on CUDA, else base."""
+    """sparse_dist: ranks exchange the item ids of the next batch while they compute this one. base: one after the other.
+    null: sparse_dist on a GPU, else base."""
     metric: str = "ndcg@10"
-    """Higher is better, except for cross_entropy. Decides the best checkpoint and early stopping."""
-    patience: Optional[int] = None
-    """Stop after so many evaluations without a better metric; null: never."""
+    """Metric that decides the best checkpoint and early stopping: ndcg@K or hr@K with K one of 1, 10, 50, 100, 200, 500
+    or 1000; mrr; or cross_entropy, of which less is better."""
+    patience: Optional[int] = within(None, COUNT)
+    """Evaluations without a better metric after which training stops. null: it does not stop early."""
 
 
 @dataclass
 class Config:
-    """A run. `fuxi-torchrec train CONFIG.yaml --section.key value`."""
+    """A run, as `fuxi-torchrec train CONFIG.yaml --section.key value` describes it."""
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -257,8 +283,13 @@ class Config:
         return dataclasses.asdict(self)
 
 
-METRIC_CUTOFFS = (1, 10, 50, 100, 200, 500, 1000)
-METRICS = tuple(f"{kind}@{k}" for kind in ("hr", "ndcg") for k in METRIC_CUTOFFS) + ("mrr", "cross_entropy")
+def config_keys() -> Dict[str, dataclasses.Field]:
+    """Lists every key of Config by its dotted name, as in trainer.seed."""
+    return {
+        f"{section.name}.{key.name}": key
+        for section in dataclasses.fields(Config)
+        for key in dataclasses.fields(section.default_factory)
+    }
 
 
 def evaluation_splits(data: DataConfig) -> Tuple[str, ...]:

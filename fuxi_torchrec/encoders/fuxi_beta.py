@@ -26,21 +26,12 @@ from fuxi_torchrec.encoders import streaming
 from fuxi_torchrec.encoders.base import reset_linear_bias
 from fuxi_torchrec.encoders.mixing import MixingBlock, MixingContext, MixingEncoder
 from fuxi_torchrec.encoders.streaming import StreamingState
-from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.ops.jagged import JaggedLayout
 from fuxi_torchrec.ops.pointwise_attention import silu_attention
 from fuxi_torchrec.ops.row_wise.dispatch import gated_rms_norm, rms_norm, silu_split, swiglu
 
 CHANNEL_ORDER = ("positional", "temporal", "bucketed_temporal", "semantic")
 """The order of the channels in a block, whatever their order in the config."""
-
-
-def ordered_channels(names: Sequence[str]) -> Tuple[str, ...]:
-    """The channels in the block's order; UserError for an empty, unknown or repeated choice."""
-    unknown = [name for name in names if name not in CHANNEL_ORDER]
-    if unknown or not names or len(set(names)) != len(names):
-        raise UserError(f"model.channels: {list(names)} must be a non-empty choice, each once, of {CHANNEL_ORDER}")
-    return tuple(name for name in CHANNEL_ORDER if name in names)
 
 
 class FuXiBlock(MixingBlock):
@@ -123,7 +114,7 @@ class FuXiEncoder(MixingEncoder):
     def __init__(
         self, config: ModelConfig, channels: Sequence[str], padded_length: int, time_unit: float = 1.0
     ) -> None:
-        self.channels = ordered_channels(channels)
+        self.channels = tuple(name for name in CHANNEL_ORDER if name in channels)
         blocks = [FuXiBlock(config, self.channels, padded_length) for _ in range(config.num_blocks)]
         super().__init__(config, blocks, padded_length, time_unit)
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from fuxi_torchrec.config import ModelConfig
 from fuxi_torchrec.encoders.base import SequenceEncoder, reset_linear_bias
-from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.ops.jagged import JaggedLayout, from_slots, to_slots
 from fuxi_torchrec.ops.row_wise.dispatch import dropout, layer_norm, wide
 
@@ -73,15 +72,6 @@ class FeedForward(nn.Module):
         return x_TD + dropout(out_TD, self.dropout, self.training)
 
 
-def check_heads(config: ModelConfig) -> None:
-    """UserError where the heads don't divide the width."""
-    if config.embedding_dim % config.num_heads:
-        raise UserError(
-            f"model.num_heads: {config.num_heads} does not divide model.embedding_dim = {config.embedding_dim}, "
-            "which SASRec's attention needs"
-        )
-
-
 def reset_sasrec_positions(position_embedding_ND: Tensor) -> None:
     """Normal, σ = √(1/D), truncated at 2 σ (docs/models.md, "Input")."""
     std = math.sqrt(1 / position_embedding_ND.shape[1])
@@ -132,7 +122,6 @@ class SASRecEncoder(SequenceEncoder):
 
     def __init__(self, config: ModelConfig, padded_length: int, time_unit: float = 1.0) -> None:
         super().__init__(config.embedding_dim, padded_length, config.input_dropout, time_unit)
-        check_heads(config)
         self.blocks.extend(SASRecBlock(config) for _ in range(config.num_blocks))
         self.reset_parameters()
 

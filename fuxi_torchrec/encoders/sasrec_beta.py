@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fuxi_torchrec.config import CHANNEL_PRESETS, ModelConfig
 from fuxi_torchrec.encoders.mixing import MixingBlock, MixingContext, MixingEncoder
-from fuxi_torchrec.encoders.sasrec import EPS, FeedForward, check_heads, reset_sasrec_positions
+from fuxi_torchrec.encoders.sasrec import EPS, FeedForward, reset_sasrec_positions
 from fuxi_torchrec.ops.row_wise.dispatch import layer_norm
 
 
@@ -45,7 +45,6 @@ class SASRecBetaEncoder(MixingEncoder):
     """A stack of SASRec-β blocks, with SASRec's positions."""
 
     def __init__(self, config: ModelConfig, padded_length: int, time_unit: float = 1.0) -> None:
-        check_heads(config)
         blocks = [SASRecBetaBlock(config, padded_length) for _ in range(config.num_blocks)]
         super().__init__(config, blocks, padded_length, time_unit)
 

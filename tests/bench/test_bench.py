@@ -69,7 +69,7 @@ def test_the_files_say_the_same(results):
         (("--peak-tflops", "0"), "trainer.peak_tflops: 0.0 must be greater than 0"),
         (("--device", "tpu"), "--device: 'tpu' is none of auto, cpu, cuda"),
         (("--device", "cuda"), "cuda"),
-        (("--model.dropout", "2"), "model.dropout: 2.0 is not in [0, 1)"),
+        (("--model.dropout", "2"), "model.dropout: 2.0 must be less than 1"),
         (("--encoders", "sasrec", "--model.num_heads", "3"), "model.num_heads: 3 heads do not divide"),
         (("--model.padded_length", "300"), "model.padded_length: 300 is shorter than data.max_sequence_length 8192"),
         (("--output", "/proc/nowhere"), "--output: /proc/nowhere cannot be written"),

@@ -121,7 +121,7 @@ def test_print_config_shows_the_resolved_config(capsys):
         (["train", SMOKE, "--trainer.nope", "3"], "--trainer.nope"),
         (["train", SMOKE, "--trainer.max_epoch", "3"], "--trainer.max_epoch"),
         (["train", SMOKE, "--trainer.max_epochs", "three"], "trainer.max_epochs"),
-        (["train", SMOKE, "--model.num_heads", "0"], "model.num_heads: 0 is too small"),
+        (["train", SMOKE, "--model.num_heads", "0"], "model.num_heads: 0 must be at least 1"),
         (["train", SMOKE, "--model.encoder", "sasrec", "--model.num_heads", "3"], "3 heads do not divide"),
         (["train", SMOKE, "--model.padded_length", "50"], "model.padded_length: 50 is shorter"),
         (["train", SMOKE, "--model.channels", "[]"], "model.channels"),

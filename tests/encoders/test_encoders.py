@@ -332,24 +332,6 @@ def test_a_sequence_longer_than_the_table_is_refused():
         float32_batch(tower)
 
 
-@pytest.mark.parametrize(
-    "changes, key",
-    [
-        (dict(encoder="nobody"), "encoder"),
-        (dict(channels=[]), "channels"),
-        (dict(channels=["positional", "positional"]), "channels"),
-        (dict(encoder="sasrec", num_heads=5), "num_heads"),
-        (dict(num_blocks=0), "num_blocks"),
-        (dict(dropout=1.0), "dropout"),
-        (dict(ffn_multiply=0.01), "ffn_multiply"),
-        (dict(ffn_multiply=0.0, encoder="sasrec"), "ffn_multiply"),
-    ],
-)
-def test_sizes_that_do_not_fit_are_named(changes, key):
-    with pytest.raises(UserError, match=f"model.{key}"):
-        build_encoder(config(**changes), padded_length=15)
-
-
 def test_initial_parameters_follow_the_model_page():
     torch.manual_seed(0)
     tower = build_encoder(ModelConfig(embedding_dim=64, value_dim=64), padded_length=500)

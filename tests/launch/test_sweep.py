@@ -95,7 +95,7 @@ WRONG = {
     "model.num_block": "unknown key model.num_block; did you mean model.num_blocks?",
     "modle.num_blocks": "unknown key modle; did you mean model?",
     "trainer": "trainer is a section",
-    "model.num_blocks": "model.num_blocks: 0 is too small",
+    "model.num_blocks": "model.num_blocks: 0 must be at least 1",
     "dial": "width_per_block: None must be a whole number above 0",
 }
 
