@@ -7,8 +7,9 @@ import sys
 from typing import Any, Dict, List, NoReturn, Optional
 
 import yaml
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentParser
 
+from fuxi_torchrec.config.help import HelpFormatter
 from fuxi_torchrec.config.rules import check
 from fuxi_torchrec.config.schema import Config
 from fuxi_torchrec.errors import UserError
@@ -17,15 +18,12 @@ from fuxi_torchrec.paths import absolute
 # Keys that hold paths. In a file that is kept they are absolute: it is read from other folders too.
 PATHS = (("data", "path"), ("trainer", "checkpoint_folder"))
 
-# The docstrings under the config's fields are the help of their options.
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
-
 
 class OneLineParser(ArgumentParser):
     """A parser whose complaints are one line and exit code 2, and that takes no abbreviated options."""
 
     def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **{"allow_abbrev": False, "print_config": None, **kwargs})
+        super().__init__(*args, **{"allow_abbrev": False, "print_config": None, "formatter_class": HelpFormatter, **kwargs})
 
     def add_argument(self, *names: Any, **options: Any) -> Any:
         """Adds an option; one --with-dashes is taken --with_underscores as well, which the help does not list."""
