@@ -8,7 +8,7 @@ import dataclasses
 import statistics
 import tempfile
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Callable, Dict, Iterator, List, Optional, Sequence
 
@@ -21,12 +21,13 @@ from fuxi_torchrec.data.loader import Position, TrainingStream
 from fuxi_torchrec.distributed.world import World
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.profiling.flops import non_embedding_parameters, training_flops
-from fuxi_torchrec.profiling.memory import PeakMemory, available
+from fuxi_torchrec.profiling.memory import PeakMemory, available, out_of_memory_as_user_error
 from fuxi_torchrec.profiling.stages import StageClock, clocked, stage
 from fuxi_torchrec.run.folder import RunFolder
 from fuxi_torchrec.sharding.memory_estimate import FLOAT_BYTES, KEPT_WIDTHS
 from fuxi_torchrec.training.build import build_trainer
 
+LESS = "ask for fewer --tokens, shorter --lengths or a smaller model"
 WARM_UP_STEPS = 2  # the first one makes the optimizer's state, the second one is looked at for its memory
 
 
@@ -162,12 +163,12 @@ def _run_length(
     with ExitStack() as stack:
         cases = []
         for config in configs:
-            with _one_line_without_memory(f"{config.model.encoder}, length {length:,}"):
+            with out_of_memory_as_user_error(f"bench: {config.model.encoder}, length {length:,}", LESS):
                 cases.append(BenchCase(config, length, size, world, stack))
                 cases[-1].warm_up()
         for _ in range(size.steps):
             for case in cases:
-                with _one_line_without_memory(f"{case.config.model.encoder}, length {length:,}"):
+                with out_of_memory_as_user_error(f"bench: {case.config.model.encoder}, length {length:,}", LESS):
                     case.turns.append(case.step())
         return [case.row(peak_flops) for case in cases]
 
@@ -190,15 +191,3 @@ def check_memory(config: Config, encoders: Sequence[str], length: int, size: Ben
 def _cases(config: Config, encoders: Sequence[str]) -> List[Config]:
     models = [dataclasses.replace(config.model, encoder=name) for name in encoders]
     return [dataclasses.replace(config, model=model) for model in models]
-
-
-@contextmanager
-def _one_line_without_memory(what: str) -> Iterator[None]:
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError, as a CPU's is
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
-            raise
-        raise UserError(
-            f"bench: {what}: out of memory; ask for fewer --tokens, shorter --lengths or a smaller model"
-        ) from None

@@ -9,6 +9,11 @@ from fuxi_torchrec.cli.options import add_verify_option
 from fuxi_torchrec.cli.output import _print_splits
 from fuxi_torchrec.errors import UserError
 
+LESS_MEMORY = (
+    "lower data.batch_size, data.max_sequence_length, loss.num_negatives, loss.chunk_logits or the model's sizes, or set "
+    "trainer.activation_checkpointing"
+)
+
 
 def _train(arguments: List[str]) -> int:
     from fuxi_torchrec.config.parsing import OneLineParser, add_config_arguments, parse_config, to_yaml
@@ -67,17 +72,26 @@ def _train_together(config: Any, output: str, resume: bool, profile: bool, verif
     from fuxi_torchrec.data.splits import check_splits
     from fuxi_torchrec.distributed.failures import Interrupted, check_same_start, fail_together
     from fuxi_torchrec.distributed.world import start_world
+    from fuxi_torchrec.profiling.memory import out_of_memory_as_user_error
     from fuxi_torchrec.run.outcome import recorded_outcome
+    from fuxi_torchrec.sharding.memory_check import check_training_memory
     from fuxi_torchrec.training.build import build_trainer
 
     world_of_all = start_world(config.trainer.device, config.trainer.timeout_minutes)
     # The folder is given back last: until then its outcome is this run's.
-    with ExitStack() as owned, recorded_outcome() as outcome, world_of_all as world, fail_together(world, outcome.fail):
+    with (
+        ExitStack() as owned,
+        recorded_outcome() as outcome,
+        world_of_all as world,
+        fail_together(world, outcome.fail),
+        out_of_memory_as_user_error("training", LESS_MEMORY),
+    ):
         dataset = SequenceDataset(config.data.path)
         check_same_start(world, config.to_dict(), output, dataset.identity.content_checksum)
         dataset.check_files(world.rank, world.size, verify)
         check_enough_data(dataset, world.size)
         check_splits(dataset, config.data)
+        check_training_memory(config, dataset.identity, world)
         run, resume = _start_run(output, config, dataset, resume, world, owned)
         if world.is_main:
             outcome.begin(run)

@@ -1,11 +1,14 @@
-"""How much memory a piece of work takes at its peak."""
+"""How much memory a piece of work takes at its peak, and what is said where there is too little."""
 
 import ctypes
 import gc
 import sys
-from typing import Optional
+from contextlib import contextmanager
+from typing import Iterator, Optional
 
 import torch
+
+from fuxi_torchrec.errors import UserError
 
 _MALLOC_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
@@ -53,6 +56,17 @@ def available(device: torch.device) -> Optional[int]:
             return _kilobytes(file, "MemAvailable")
     except OSError:
         return None
+
+
+@contextmanager
+def out_of_memory_as_user_error(what: str, advice: str) -> Iterator[None]:
+    """Raises UserError for an allocation that fails inside: `what`: out of memory; `advice`."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError, as a CPU's is
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise
+        raise UserError(f"{what}: out of memory; {advice}") from None
 
 
 def _status(field: str) -> int:

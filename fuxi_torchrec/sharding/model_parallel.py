@@ -44,7 +44,7 @@ def build_distributed(
     Initial values don't depend on the sharding. Raises UserError where the table fits no plan.
     """
     check_table(config, world.device.type)
-    machine = planner.this_machine(config, world.device, world.size)
+    machine = planner.this_machine(config.table, world.device, world.size)
     # Ranks whose hosts differ by a little memory must not decide differently.
     machine = world.from_main(machine)
     num_items, events = identity.num_items, planner.mean_events(identity)

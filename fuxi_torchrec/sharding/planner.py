@@ -19,7 +19,7 @@ from torchrec.distributed.planner.types import PlannerError, ShardingOption
 from torchrec.distributed.types import ShardingPlan, ShardingType
 from torchrec.optim import RowWiseAdagrad
 
-from fuxi_torchrec.config import Config
+from fuxi_torchrec.config import Config, TableConfig
 from fuxi_torchrec.data.batch import EVENTS, NEGATIVES
 from fuxi_torchrec.data.format import DatasetIdentity
 from fuxi_torchrec.errors import UserError
@@ -71,16 +71,16 @@ class Machine:
         )
 
 
-def this_machine(config: Config, device: torch.device, world_size: int) -> Machine:
+def this_machine(table: TableConfig, device: torch.device, world_size: int) -> Machine:
     """The machine this process runs on; table.hbm_gb and table.ddr_gb override what it says of itself."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     ddr = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local
     hbm = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
-    if config.table.hbm_gb is not None and device.type == "cuda":
-        hbm = int(config.table.hbm_gb * GIB)
-    if config.table.ddr_gb is not None:
-        ddr = int(config.table.ddr_gb * GIB)
-    return Machine(device.type, hbm, ddr, world_size, local, config.table.intra_host_gb_s, config.table.inter_host_gb_s)
+    if table.hbm_gb is not None and device.type == "cuda":
+        hbm = int(table.hbm_gb * GIB)
+    if table.ddr_gb is not None:
+        ddr = int(table.ddr_gb * GIB)
+    return Machine(device.type, hbm, ddr, world_size, local, table.intra_host_gb_s, table.inter_host_gb_s)
 
 
 def mean_events(identity: DatasetIdentity) -> float:
