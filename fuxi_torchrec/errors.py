@@ -1,5 +1,8 @@
 """The exceptions that end a command with one line and no traceback."""
 
+AGAINST_DIVERGENCE = "try a lower optimizer.learning_rate, optimizer.weight_decay or optimizer.clip_grad_norm"
+"""What to do, in every message on a loss, a parameter or a score that is not finite."""
+
 
 class UserError(Exception):
     """Wrong input at the edge: a file, row or key that does not hold what it must.

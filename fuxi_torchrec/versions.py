@@ -64,7 +64,7 @@ def check_environment(device: str = "auto") -> None:
         warnings.warn(f"{' and '.join(map(_found, nightly))}: nightly builds are not checked", stacklevel=2)
         return
     if device == "cuda" and not has_nvidia_driver():
-        raise UserError("the device is cuda, but no NVIDIA driver (libnvidia-ml.so.1) is found: choose cpu or auto")
+        raise UserError("trainer.device, --device: cuda, but no NVIDIA driver (libnvidia-ml.so.1) is found; choose cpu or auto")
     problems = _missing() or _both_builds() or _mismatch() or _wrong_build(device)
     if problems:
         raise UserError(f"{'; '.join(problems)}. To mend it: {_mend(device)}")

@@ -29,8 +29,8 @@ def _check_value(name: str, value: Any, key: dataclasses.Field) -> None:
         if type(None) not in get_args(key.type):  # a YAML null gets past the parser for any key
             raise UserError(f"{name}: null is no value for this key; leave it out for the default")
         return
-    if isinstance(value, str) and "\0" in value:
-        raise UserError(f"{name}: {value!r} holds a null character, which no name of a file can have")
+    if isinstance(value, str) and any(character < " " for character in value):
+        raise UserError(f"{name}: {value!r} holds a character that cannot be printed; take it out")
     if "bounds" in key.metadata:
         for number in value if isinstance(value, (list, tuple)) else [value]:
             complaint = key.metadata["bounds"].complaint(number)

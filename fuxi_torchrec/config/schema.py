@@ -148,11 +148,11 @@ class LossConfig:
     mask_history: bool = False
     """Whether a user's own events in the batch, past or future, are left out of the negatives (shared, in_batch, mixed,
     full)."""
-    temperature: float = within(0.05, Range(above=0))
+    temperature: float = within(0.05, Range(at_least=1e-6, at_most=1e6))
     """Divisor of the logits, which are cosines."""
     chunk_logits: int = within(2**22, COUNT)
     """Most logits in memory at a time, 4 bytes each."""
-    l2_eps: float = within(1e-6, Range(above=0))
+    l2_eps: float = within(1e-6, Range(above=0, at_most=1e6))
     """Smallest norm that outputs and item embeddings are divided by."""
 
 
@@ -234,7 +234,7 @@ class TrainerConfig:
     CPU and Triton on a GPU; see docs/performance.md."""
     activation_checkpointing: bool = False
     """Whether backward computes each block's forward pass again instead of keeping it: less memory, more time."""
-    peak_tflops: Optional[float] = within(None, Range(above=0))
+    peak_tflops: Optional[float] = within(None, Range(at_least=1e-6, at_most=1e9))
     """Highest speed of the device, in 10^12 operations a second; the utilisation (MFU) is reported as a part of it. null:
     what is known of the GPU for trainer.precision; on another device no utilisation is reported."""
     log_every_steps: int = within(10, COUNT)

@@ -17,7 +17,7 @@ from fuxi_torchrec.data.loader import evaluation_batches
 from fuxi_torchrec.data.prefetch import prefetch, prefetch_depth
 from fuxi_torchrec.data.splits import Windows
 from fuxi_torchrec.distributed.world import World
-from fuxi_torchrec.errors import UserError
+from fuxi_torchrec.errors import AGAINST_DIVERGENCE, UserError
 from fuxi_torchrec.evaluation import full_ranking
 from fuxi_torchrec.evaluation.metrics import metric_sums
 from fuxi_torchrec.ops.ranking import NonFiniteScore, Ranking, Seen
@@ -75,7 +75,8 @@ def _ranking(model: nn.Module, config: Config, queries: Queries, world: World) -
             return full_ranking.rank_targets(model, world, *asked, config.loss.temperature, config.loss.l2_eps)
         except NonFiniteScore as error:
             user = _user_of(error, queries, model, world)
-            raise UserError(f"evaluation: non-finite score for user {user}; the model has diverged") from None
+            what = f"evaluation: non-finite score for user {user}; the model has diverged"
+            raise UserError(f"{what}; {AGAINST_DIVERGENCE}") from None
 
 
 def encoded_queries(

@@ -179,7 +179,8 @@ def _does_not_fit(config: Config, machine: Machine, num_items: int, reserved: in
     table = num_items * config.model.embedding_dim * 4 / GIB
     return UserError(
         f"table.sharding: {config.table.sharding} finds no plan for {num_items:,} items x {config.model.embedding_dim} "
-        f"({table:,.1f} GiB with fp32 rows) on {machine.world_size} ranks of {machine.memory / GIB:,.1f} GiB, of which "
+        f"({table:,.1f} GiB with fp32 rows) on {machine.world_size} ranks of {machine.memory / GIB:,.1f} GiB "
+        f"(table.{'hbm' if machine.device_type == 'cuda' else 'ddr'}_gb, or the machine's), of which "
         f"{reserved / GIB:,.1f} are kept for tower, activations and loss; take row_wise, more ranks, a narrower table or a "
         "smaller batch (fuxi-torchrec plan tells)"
     )

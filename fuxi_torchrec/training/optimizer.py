@@ -9,7 +9,7 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from fuxi_torchrec.config import OptimizerConfig
 from fuxi_torchrec.distributed.world import World
-from fuxi_torchrec.errors import UserError
+from fuxi_torchrec.errors import AGAINST_DIVERGENCE, UserError
 from fuxi_torchrec.sharding.model_parallel import local_parts
 
 
@@ -57,5 +57,5 @@ def check_parameters(model: DistributedModelParallel, world: World, step: int) -
     if world.max(broken[None]).item():
         raise UserError(
             f"step {step}: the model's parameters are not finite, and not saved; "
-            "try a lower optimizer.learning_rate or optimizer.clip_grad_norm, and go on from the last checkpoint"
+            f"{AGAINST_DIVERGENCE}, and go on from the last checkpoint"
         )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fuxi_torchrec.distributed.world import World
-from fuxi_torchrec.errors import UserError
+from fuxi_torchrec.errors import AGAINST_DIVERGENCE, UserError
 
 
 class _Unread(NamedTuple):
@@ -81,7 +81,7 @@ class StepRecord:
             stopped = f"read after step {now}; nothing of the steps {step.step} to {now} is saved"
         return UserError(
             f"step {step.step}: the loss is not finite, {stopped}; users of its batch: {shown}; "
-            "try a lower optimizer.learning_rate or optimizer.clip_grad_norm"
+            + AGAINST_DIVERGENCE
         )
 
     @property

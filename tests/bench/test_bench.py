@@ -66,7 +66,7 @@ def test_the_files_say_the_same(results):
         (("--items", "0"), "--items: 0 must be at least 1"),
         (("--items", "1000000000000"), "GB are free; ask for fewer --tokens or --items"),
         (("--steps", "0"), "--steps: 0 must be at least 1"),
-        (("--peak-tflops", "0"), "trainer.peak_tflops: 0.0 must be greater than 0"),
+        (("--peak-tflops", "0"), "trainer.peak_tflops: 0.0 must be at least 1e-06"),
         (("--device", "tpu"), "--device: 'tpu' is none of auto, cpu, cuda"),
         (("--device", "cuda"), "cuda"),
         (("--model.dropout", "2"), "model.dropout: 2.0 must be less than 1"),

@@ -66,6 +66,7 @@ def test_every_number_has_bounds_that_no_infinite_and_no_huge_one_passes(key):
 
 
 @pytest.mark.parametrize("key", [name for name in config_keys() if name.split(".")[1] in ("path", "checkpoint_folder")])
-def test_a_path_with_a_null_character_is_refused(key):
-    with pytest.raises(UserError, match=f"^{key}: .*null character"):
-        check(changed(key, "runs\0"))
+def test_a_path_with_a_control_character_is_refused(key):
+    for character in "\0\n\x1b":
+        with pytest.raises(UserError, match=f"^{key}: .*cannot be printed"):
+            check(changed(key, f"runs{character}"))

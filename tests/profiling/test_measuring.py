@@ -68,7 +68,7 @@ def lengths_of_batches(config):
 def test_without_a_known_peak_there_is_no_mfu(small_dataset, tmp_path):
     train(tiny(small_dataset, max_epochs=1), tmp_path / "run")
     assert not any("mfu" in line for line in lines(tmp_path / "run"))
-    with pytest.raises(UserError, match="trainer.peak_tflops: 0 must be greater than 0"):
+    with pytest.raises(UserError, match="trainer.peak_tflops: 0 must be at least 1e-06"):
         check(tiny(small_dataset, peak_tflops=0))
 
 
