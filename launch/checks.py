@@ -22,7 +22,8 @@ PREPARE_PATHS = ("--source", "--output", "--item-titles", "--item_titles")
 
 
 def config(path: str, overrides: List[str], place: "Place") -> Config:
-    """The run's config, checked as on its node, with its data set where that can be seen from here."""
+    """Loads the run's config and checks it as its node will, with its data set where that can be seen from here.
+    Raises UserError."""
     loaded = load_config(path, overrides)
     device, gpus = loaded.trainer.device, place.resource.gpu
     if device == "cuda" and gpus == 0 and (place.h or place.image):
@@ -42,7 +43,7 @@ def config(path: str, overrides: List[str], place: "Place") -> Config:
 
 
 def with_absolute_paths(overrides: List[str], loaded: Config, place: "Place") -> List[str]:
-    """The overrides with the config's relative paths made absolute: a job may run in a copy of this folder."""
+    """Makes the config's relative paths absolute among the overrides: a job may run in a copy of this folder."""
     if place.image is not None:
         return overrides
     for section, name in PATHS:
@@ -53,7 +54,8 @@ def with_absolute_paths(overrides: List[str], loaded: Config, place: "Place") ->
 
 
 def run_folder(config_path: str, output: Optional[str], resume: bool, place: "Place") -> str:
-    """The run folder's full path. By default runs/CONFIG-DATE-TIME, so that two submissions never meet."""
+    """Returns the run folder's full path. By default runs/CONFIG-DATE-TIME, so that two submissions never meet.
+    Raises UserError for a folder that cannot take the run."""
     if output is not None and is_address(output):
         raise UserError(f"--output: {output}: a run folder is no bucket; checkpoints can be: -- --trainer.checkpoint_folder")
     name = os.path.splitext(os.path.basename(config_path))[0]
@@ -67,6 +69,7 @@ def run_folder(config_path: str, output: Optional[str], resume: bool, place: "Pl
 
 
 def evaluation(run: str, options: List[str], place: "Place") -> str:
+    """Returns the full path of the run to be evaluated. Raises UserError for a folder that holds none."""
     if place.image is not None:
         return run
     from fuxi_torchrec.run.folder import RunFolder
@@ -77,7 +80,8 @@ def evaluation(run: str, options: List[str], place: "Place") -> str:
 
 
 def preparation(arguments: List[str], place: "Place") -> List[str]:
-    """The arguments of 'fuxi-torchrec prepare', parsed as there, with absolute paths."""
+    """Checks the arguments of 'fuxi-torchrec prepare', parsed as there; returns them with absolute paths. Raises
+    UserError."""
     from data_pipelines.cli import COMMANDS, parse
 
     if not arguments or arguments[0] not in COMMANDS:

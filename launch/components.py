@@ -17,7 +17,7 @@ from launch.place import Place
 
 @contextmanager
 def one_line() -> Iterator[None]:
-    """A mistake of the user's ends the program with its one line."""
+    """Ends the program with one line and exit code 2 for a mistake of the user's."""
     try:
         yield
     except UserError as error:

@@ -22,7 +22,7 @@ SAVE_SECONDS = GRACE_SECONDS - 20
 
 
 def environment(cores: Optional[int], processes: int, given: Optional[Dict[str, str]]) -> Dict[str, str]:
-    """The environment of a node's processes; what the user gives comes last.
+    """Makes the environment of a node's processes; what the user gives comes last.
 
     Args:
         cores: of a node, where they are known.
@@ -43,7 +43,7 @@ def environment(cores: Optional[int], processes: int, given: Optional[Dict[str, 
 
 
 def torchrun(nodes: int, processes: int, restarts: int, port: int, python: str, module: List[str]) -> str:
-    """The bash command that runs a Python module on every process of a node.
+    """Writes the bash command that runs a Python module on every process of a node.
 
     The agents meet at the first node (c10d); a single node chooses a free port itself. Which node holds the store is said
     outright: comparing host names fails where they resolve to something else, as in pods. The workers' own port
@@ -65,10 +65,11 @@ def torchrun(nodes: int, processes: int, restarts: int, port: int, python: str, 
 
 
 def quoted(words: List[str]) -> str:
-    """Words for bash, none of them taken for one of TorchX's macros."""
+    """Quotes words for bash, so that none is taken for one of TorchX's macros."""
     return shlex.join(words).replace("$", "$$")
 
 
 def interpreter(image: Optional[str]) -> str:
-    """An image has its own Python; elsewhere it is the one that submits, on a file system that all nodes see."""
+    """Names the Python of a job: an image has its own; elsewhere it is the one that submits, on a file system that
+    all nodes see."""
     return "python" if image else sys.executable

@@ -20,7 +20,7 @@ HOSTS: Dict[str, Resource] = {
 def resource(
     name: Optional[str], cpu: int, gpu: int, memMB: int, processes: int, devices: Optional[Dict[str, str]]
 ) -> Resource:
-    """A node's TorchX resource: the named host's, where a number is 0.
+    """Makes a node's TorchX resource: the named host's, where a number is 0.
 
     Args:
         name: of HOSTS, or a named resource of TorchX's; None: one core a process, no GPU, the scheduler's own memory limit.

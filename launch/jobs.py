@@ -16,8 +16,8 @@ from launch.place import Place
 
 
 def train(config: str, overrides: List[str], output: Optional[str], resume: bool, place: Place) -> AppDef:
-    """Training of a config, into a run folder whose path is decided here: every start of the job, after a restart or a
-    requeue too, is told to go on from what it finds there."""
+    """Makes the application that trains a config, into a run folder whose path is decided here: every start of the
+    job, after a restart or a requeue too, is told to go on from what it finds there."""
     loaded = checks.config(config, overrides, place)
     output = checks.run_folder(config, output, resume, place)
     overrides = checks.with_absolute_paths(overrides, loaded, place)
@@ -26,19 +26,19 @@ def train(config: str, overrides: List[str], output: Optional[str], resume: bool
 
 
 def evaluate(run: str, options: List[str], place: Place) -> AppDef:
-    """Evaluation of a run's saved model."""
+    """Makes the application that evaluates a run's saved model."""
     run = checks.evaluation(run, options, place)
     return AppDef(name=_name(run), roles=[place.role("evaluate", _torchrun(place, ["evaluate", run, *options]))])
 
 
 def prepare(arguments: List[str], place: Place) -> AppDef:
-    """A data pipeline."""
+    """Makes the application that runs a data pipeline."""
     arguments = checks.preparation(arguments, place)
     return _alone("prepare", f"prepare-{arguments[0]}", ["-m", "fuxi_torchrec", "prepare", *arguments], place)
 
 
 def sweep(config: str, options: List[str], place: Place) -> AppDef:
-    """A sweep, run as a job: its runs are processes of the job's node."""
+    """Makes the application that runs a sweep in one job: its runs are processes of the job's node."""
     if not os.path.isfile(config):
         raise UserError(f"{config}: no such sweep config; name one of configs/sweeps/")
     return _alone("sweep", config, ["-m", "launch.sweep", config, *options], place)

@@ -52,6 +52,7 @@ class Place:
         return self.nnodes * self.processes
 
     def role(self, name: str, command: str) -> Role:
+        """Makes TorchX's role of this name: the bash command, the environment and the resources of each node."""
         cores = self.resource.cpu if self.h or self.cpu else None
         return Role(
             name=name,
@@ -73,7 +74,7 @@ SHARED_MEMORY = "/dev/shm"  # TorchX mounts it into every pod
 
 
 def mounted_folders(mounts: Optional[List[str]]) -> List[str]:
-    """The folders of an image that mounts lie on, each once."""
+    """Lists the folders of an image that mounts lie on, each once. Raises UserError."""
     try:
         folders = [mount.dst_path for mount in parse_mounts(mounts or [])]
     except (KeyError, ValueError) as error:

@@ -22,6 +22,7 @@ class Run(CmdRun):
     """TorchX's own command, with checks before it and its expected errors in one line."""
 
     def run(self, args: argparse.Namespace) -> None:
+        """Checks the scheduler's options and submits the job; ends the program with one line for a mistake."""
         try:
             if not args.stdin:
                 check(args)
@@ -39,7 +40,8 @@ class Run(CmdRun):
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises UserError for scheduler options that TorchX does not know or misses, and for what is not there."""
+    """Checks the scheduler's options. Raises UserError for those that TorchX does not know or misses, and for what is
+    not there."""
     with get_runner() as runner:
         options = runner.scheduler_run_opts(args.scheduler)
     try:
@@ -54,7 +56,8 @@ def check(args: argparse.Namespace) -> None:
 
 
 def check_slurm(partition: Optional[str], dryrun: bool) -> None:
-    """Raises UserError for a partition that this Slurm does not have, or where one has to be named."""
+    """Checks that this Slurm can take the job. Raises UserError for a partition that it does not have, or where one
+    has to be named."""
     if shutil.which("sinfo") is None or shutil.which("sbatch") is None:
         if dryrun:
             return

@@ -13,9 +13,9 @@ LONGEST_GAP = 5000
 
 
 def random_lengths(longest: int, tokens: int, seed: int) -> np.ndarray:
-    """Lengths of users who have `tokens` events together, int64: log-normal with a median of half the longest and σ = 1,
-    between SHORTEST and `longest`, which the first one has; the last one takes what is left. `tokens` are at least
-    `longest`. (ML-1M cut at 200: median 96.)"""
+    """Draws the lengths of users who have `tokens` events together, int64: log-normal with a median of half the
+    longest and σ = 1, between SHORTEST and `longest`, which the first user has; the last user takes what is left.
+    `tokens` are at least `longest`. (ML-1M cut at 200: median 96.)"""
     generator, lengths, left = np.random.default_rng([seed, longest]), [longest], tokens - longest
     while left > 0:
         drawn = int(np.exp(generator.normal(np.log(longest / 2), 1.0)))
@@ -25,7 +25,7 @@ def random_lengths(longest: int, tokens: int, seed: int) -> np.ndarray:
 
 
 class MemoryDataset:
-    """A SequenceDataset of one row group.
+    """A TrainingData of one row group, in memory.
 
     Args:
         lengths_B: events of every user.
@@ -55,11 +55,13 @@ class MemoryDataset:
         self.row_groups = [RowGroup("memory", 0, users)]
 
     def read(self, group: RowGroup) -> UserRows:
+        """Returns all users, whichever row group is asked for."""
         return self.rows
 
 
 def random_dataset(longest: int, tokens: int, items: int, seed: int) -> MemoryDataset:
-    """Users whose training inputs have `random_lengths`; each has two events more, a first target and the tested one."""
+    """Draws users whose training inputs have `random_lengths`; each has two events more, a first target and the
+    tested one."""
     lengths_B = random_lengths(longest, tokens, seed) + 2
     generator, events = np.random.default_rng([seed, longest, 1]), int(lengths_B.sum())
     times_E = FIRST_SECOND + generator.integers(0, LONGEST_GAP, events).cumsum()

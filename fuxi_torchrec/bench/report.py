@@ -21,7 +21,7 @@ OTHER = "other"
 
 
 def show(rows: Sequence[BenchRow], machine: Dict[str, Any]) -> None:
-    """A line about the machine and a table, on standard output."""
+    """Prints a line about the machine and a table of the rows, on standard output."""
     threads = f", {machine['threads']} threads" if machine["threads"] else ""
     print(f"\n{machine['device']}{threads}, {machine['precision']}; MFU against {machine['peak_tflops']:.4g} TFLOP/s ", end="")
     print(f"({machine['peak_source']}); milliseconds, medians of {machine['steps']} steps")
@@ -40,7 +40,7 @@ def show(rows: Sequence[BenchRow], machine: Dict[str, Any]) -> None:
 
 
 def write(rows: Sequence[BenchRow], machine: Dict[str, Any], config: Dict[str, Any], folder: str) -> List[str]:
-    """Writes the files; returns their paths. Without matplotlib there is no plot."""
+    """Writes bench.json, bench.csv and, where matplotlib is installed, bench.png; returns their paths."""
     os.makedirs(folder, exist_ok=True)
     whole = {"machine": machine, "config": config, "rows": [dataclasses.asdict(row) for row in rows]}
     write_aside(os.path.join(folder, JSON_FILE), json.dumps(whole, indent=2) + "\n")
@@ -66,7 +66,8 @@ def _csv(rows: Sequence[BenchRow]) -> str:
 
 
 def plot(rows: Sequence[BenchRow], machine: Dict[str, Any], path: str) -> None:
-    """Tokens a second and peak memory by length, and below them, a panel a tower, where a step's time goes; a PNG."""
+    """Draws a PNG: tokens a second and peak memory by length, and below them, a panel an encoder, where a step's time
+    goes."""
     import matplotlib
 
     matplotlib.use("agg")

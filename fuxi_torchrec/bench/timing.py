@@ -33,7 +33,7 @@ WARM_UP_STEPS = 2  # the first one makes the optimizer's state, the second one i
 
 @dataclass
 class BenchRow:
-    """One tower at one length.
+    """One encoder at one length.
 
     users, peak_bytes: of this rank; tokens, flops: of a step of all ranks. seconds, stages, other (what no stage takes):
     medians, which need not add up. peak_bytes: weights and optimizer included; None where nobody tells.
@@ -55,8 +55,8 @@ class BenchRow:
 
 @dataclass(frozen=True)
 class BenchSize:
-    """tokens: inputs of a rank's step, whatever the length; at least the greatest length. items: the catalogue. steps: timed
-    ones of each case."""
+    """Size of a benchmark. tokens: inputs of a rank's step, whatever the length; at least the greatest length. items:
+    the catalogue. steps: timed ones of each case."""
 
     tokens: int
     items: int
@@ -64,7 +64,8 @@ class BenchSize:
 
 
 class BenchCase:
-    """A tower at a length: `step` trains on all its users once, and returns the seconds of its stages, "step" and "other".
+    """An encoder at a length: `step` trains on all its users once, and returns the seconds of its stages, "step" and
+    "other".
 
     Close `stack` after use.
     """
@@ -93,6 +94,8 @@ class BenchCase:
                 yield batch
 
     def step(self) -> Dict[str, float]:
+        """Runs one training step; returns the seconds of its stages, "step" (all of it) and "other" (what no stage
+        takes)."""
         with clocked(StageClock(self.world.device)) as clock:
             start = time.perf_counter()
             with stage("loader"):
@@ -103,7 +106,7 @@ class BenchCase:
             return {**stages, "step": seconds, "other": seconds - sum(stages.values())}
 
     def warm_up(self) -> None:
-        """Steps that do not count. Looks at the memory of the last one."""
+        """Runs the steps that do not count, and measures the peak memory of the last one."""
         for _ in range(WARM_UP_STEPS - 1):
             self.step()
         self.memory.restart()
@@ -111,6 +114,7 @@ class BenchCase:
         self.peak_bytes = self.memory.peak()
 
     def row(self, peak_flops: float) -> BenchRow:
+        """Summarises the turns as one row of the table; a collective. peak_flops: FLOP/s of a device, for MFU."""
         medians = {name: statistics.median(turn[name] for turn in self.turns) for name in self.turns[0]}
         seconds, other, model = medians.pop("step"), medians.pop("other"), self.config.model
         here = [sum(self.host_lengths), training_flops(model, self.host_lengths, self.candidates)]
@@ -140,7 +144,7 @@ def run_bench(
     peak_flops: float,
     say: Callable[[str], None],
 ) -> List[BenchRow]:
-    """Rows by length and encoder; a collective.
+    """Times every encoder at every length; returns rows by length and encoder. A collective.
 
     Args:
         config: the model (but for its encoder), loss, table, optimizer and trainer of every case.

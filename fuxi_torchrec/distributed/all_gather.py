@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 
 def gather_rows(rows: Tensor, counts: List[int]) -> Tensor:
-    """Every rank's rows [counts[r], D], laid one behind the other in the order of ranks, [Σ counts, D].
+    """Gathers every rank's rows [counts[r], D], laid one behind the other in the order of ranks, [Σ counts, D].
 
     A collective, forward and backward: a row's gradient is the sum of those that all ranks give it.
 
@@ -24,7 +24,7 @@ def gather_rows(rows: Tensor, counts: List[int]) -> Tensor:
 
 
 def gather_values(values: Tensor, counts: List[int]) -> Tensor:
-    """The same for a vector without a gradient, of any type."""
+    """Gathers every rank's values [counts[r]] of any type, without a gradient, in the order of ranks, [Σ counts]."""
     return _gather(values.detach()[:, None], counts)[:, 0]
 
 

@@ -20,7 +20,7 @@ from fuxi_torchrec.ops.sampled_softmax.common import MASKED_LOGIT
 
 @dataclass
 class Candidates:
-    """What every position of this rank is set against.
+    """The candidates that every token of this rank is compared with.
 
     embeddings_PD: L2-normalised; gradients flow back to the ranks that looked them up.
     ids_P: int64.
@@ -33,7 +33,7 @@ class Candidates:
 
 
 class RankShare(NamedTuple):
-    """What logQ and the exchange need to know of one rank's batch."""
+    """One rank's batch, as far as logQ and the exchange need to know it."""
 
     pool: int  # candidates drawn
     in_batch: int  # in-batch items offered
@@ -44,7 +44,7 @@ class RankShare(NamedTuple):
 def shared_candidates(
     pool_PD: Tensor, positives_TD: Tensor, batch: SequenceBatch, negatives: SharedNegatives, cross_rank: bool
 ) -> Candidates:
-    """The pool and the in-batch items of this rank, or with cross_rank of all ranks, in their order.
+    """Collects the pool and the in-batch items of this rank, or with cross_rank of all ranks, in their order.
 
     A collective with cross_rank: every rank has to call it, those without data too. In-batch items that several ranks
     offer count once, so that ranks see what one process would see in their batches' union.
@@ -81,7 +81,7 @@ def shared_candidates(
 def expected_count(
     draws_P: Tensor, item_share_P: Optional[Tensor], shares: List[RankShare], here: int = 0
 ) -> Tensor:
-    """How often each candidate is expected among the candidates, over all samplers and ranks: the Q of logQ.
+    """Computes how often each candidate is expected among the candidates, over all samplers and ranks: the Q of logQ.
 
     Draws: their expected number on one rank, times the ranks. In-batch items, which count once: the probability that
     one of the batch's other positives is the item, 1 − Π_r (1 − kept_r · (1 − (1 − share)^T_r)), where T_r leaves out
@@ -131,8 +131,9 @@ def _repeated_in_batch(ids_P: Tensor, shares: List[RankShare]) -> Tensor:
 
 
 class HistoryMask:
-    """`mask(rows)`: for a slice of the positions, bool [rows, P], True where the candidate is an event of the
-    position's user in this batch. Makes [users of the slice, P] and [rows, P], never [T, P] or [T, P, history].
+    """Mask of the candidates that a token's user has already met. `mask(rows)` makes, for a slice of the tokens, bool
+    [rows, P], True where the candidate is an event of the token's user in this batch. Makes [users of the slice, P]
+    and [rows, P], never [T, P] or [T, P, history].
 
     Args:
         event_ids_E: int64 events of the batch's users, n + 1 a user.
@@ -151,6 +152,7 @@ class HistoryMask:
         self.column_E = near_E.where(found_E, len(self.distinct_C))
 
     def __call__(self, rows: slice) -> Tensor:
+        """Returns bool [rows, P] for a slice of the tokens."""
         stop = min(rows.stop, int(self.end_B[-1]))
         first, last = np.searchsorted(self.end_B, [rows.start, stop - 1], side="right").tolist()
         begin, end = (int(self.end_B[first - 1]) if first else 0), int(self.end_B[last])

@@ -26,7 +26,8 @@ TABLE = "item"
 
 
 class SequenceRecommender(nn.Module):
-    """Item table -> tower. `forward` is all that TorchRec has to trace; the tower below is free in its control flow."""
+    """The item table and the encoder with its loss. `forward` is all that TorchRec has to trace; what lies below it
+    is free in its control flow."""
 
     def __init__(self, embeddings: nn.Module, tower: nn.Module):
         super().__init__()
@@ -34,8 +35,9 @@ class SequenceRecommender(nn.Module):
         self.tower = tower
 
     def forward(self, batch: SequenceBatch) -> Tensor:
-        """A batch with negatives gives its summed loss (float32 scalar); one without, each user's query vector [B, D]:
-        the L2-normalised output at the last input, whose next timestamp is the time of the target or request."""
+        """Computes the summed loss (float32 scalar) of a batch with negatives, or each user's query vector [B, D] of
+        one without: the L2-normalised output at the last input, whose next timestamp is the time of the target or
+        request."""
         with stage("lookup and exchange"):
             embeddings = self.embeddings(batch.ids)
         return self.tower(embeddings, batch)
@@ -55,6 +57,8 @@ class Tower(nn.Module):
         self.encoder, self.config, self.precision = encoder, config, precision
 
     def forward(self, embeddings: Dict[str, JaggedTensor], batch: SequenceBatch) -> Tensor:
+        """Computes the summed loss (float32 scalar), or the query vectors [B, D] of a batch without negatives.
+        embeddings: looked-up rows of events [E, D] and negatives [U, D]."""
         with stage("lookup and exchange"):  # a sharded table's vectors are waited for here
             events_ED, negatives_UD = embeddings[EVENTS].values(), embeddings[NEGATIVES].values()
         with stage("encoder forward"):
@@ -87,7 +91,8 @@ class Tower(nn.Module):
         )
 
     def encode(self, events_ED: Tensor, batch: SequenceBatch) -> Tensor:
-        """L2-normalised float32 outputs [T, D] of the batch's input positions."""
+        """Encodes the batch's input positions: L2-normalised float32 outputs [T, D]. events_ED: looked-up item
+        embeddings."""
         inputs_T, targets_T = batch.input_index_T, batch.input_index_T + 1
         layout = JaggedLayout(
             batch.offsets_B1, max(batch.host_lengths), batch.num_positions, host_lengths=batch.host_lengths
@@ -102,8 +107,8 @@ class Tower(nn.Module):
 def build_model(
     config: Config, num_items: int, time_unit: float, device: torch.device, on_meta: bool = False
 ) -> SequenceRecommender:
-    """The model of a run, unsharded, on `device`. Initial values depend on trainer.seed (the table's) and on torch's seed
-    (the encoder's) alone.
+    """Builds the model of a run, unsharded, on `device`. Initial values depend on trainer.seed (the table's) and on
+    torch's seed (the encoder's) alone.
 
     Args:
         num_items: V, rows of the item table.

@@ -83,33 +83,33 @@ BLOCK_COSTS: Dict[str, Callable[[ModelConfig], BlockCost]] = {
 
 
 def causal_pairs(lengths: Iterable[int]) -> int:
-    """Pairs j <= i of positions of one user, over all users."""
+    """Counts the pairs j <= i of positions of one user, over all users."""
     return sum(n * (n + 1) // 2 for n in lengths)
 
 
 def encoder_flops(config: ModelConfig, lengths: Iterable[int]) -> int:
-    """Forward FLOPs of the tower on users of these lengths; the input step has no product."""
+    """Counts the forward FLOPs of the encoder on users of these lengths; the input step has no product."""
     lengths = list(lengths)
     cost = BLOCK_COSTS[config.encoder](config)
     return config.num_blocks * (cost.per_token * sum(lengths) + cost.per_pair * causal_pairs(lengths))
 
 
 def loss_flops(tokens: int, candidates: int, width: int) -> int:
-    """Forward FLOPs of the sampled softmax: a product with the positive and with every candidate (the K negatives of
-    per_token, else all that a position is set against), masked ones included."""
+    """Counts the forward FLOPs of the sampled softmax: a product with the positive and with every candidate (the K
+    negatives of per_token, else all that a token is compared with), masked ones included."""
     return 2 * tokens * (candidates + 1) * width
 
 
 def training_flops(config: ModelConfig, lengths: Iterable[int], candidates: int) -> int:
-    """FLOPs of a training step on users of these lengths: tower and loss, forward and backward."""
+    """Counts the FLOPs of a training step on users of these lengths: encoder and loss, forward and backward."""
     lengths = list(lengths)
     forward = encoder_flops(config, lengths) + loss_flops(sum(lengths), candidates, config.embedding_dim)
     return FORWARD_AND_BACKWARD * forward
 
 
 def non_embedding_parameters(config: ModelConfig, padded_length: int) -> int:
-    """Parameters of the tower's blocks: all but the item table and the position table (as Kaplan et al., arXiv
-    2001.08361, count). padded_length counts, since a positional channel has a weight for every lag."""
+    """Counts the parameters of the encoder's blocks: all but the item table and the position table (as Kaplan et al.,
+    arXiv 2001.08361, count). padded_length counts, since a positional channel has a weight for every lag."""
     import torch
 
     from fuxi_torchrec.encoders import build_encoder

@@ -14,8 +14,8 @@ _MALLOC_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform =
 
 
 class PeakMemory:
-    """Bytes that this process holds on a device above what it held when this was made: `restart` begins to look for the
-    peak, `peak` tells it. On a CPU it is resident memory, which is Linux' to tell; None elsewhere."""
+    """Peak memory of a piece of work: bytes that this process holds on a device above what it held when this object
+    was made. On a CPU it is resident memory, which Linux alone tells."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -23,6 +23,7 @@ class PeakMemory:
         self.before = self._held()
 
     def restart(self) -> None:
+        """Forgets the peak so far."""
         _release()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -31,6 +32,7 @@ class PeakMemory:
                 file.write("5")  # forgets the peak so far (proc(5))
 
     def peak(self) -> Optional[int]:
+        """Returns the peak since `restart` in bytes; None where the system does not tell."""
         if self.before is None:
             return None
         if self.device.type == "cuda":
@@ -48,7 +50,7 @@ class PeakMemory:
 
 
 def available(device: torch.device) -> Optional[int]:
-    """Bytes that could still be had; None where nobody tells."""
+    """Returns the bytes that can still be allocated on a device; None where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:

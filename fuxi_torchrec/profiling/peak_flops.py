@@ -28,7 +28,8 @@ run without TF32 here, PyTorch's default.
 
 
 def known_peak(device_name: str, precision: str) -> Optional[float]:
-    """TFLOP/s of a GPU by its name, as `torch.cuda.get_device_name` tells it; None for one that is not in the table."""
+    """Looks up the TFLOP/s of a GPU by its name, as `torch.cuda.get_device_name` returns it; None for one that is not
+    in the table."""
     words = set(device_name.replace("-", " ").split())
     for name, (fp32, bf16) in PEAK_TFLOPS.items():
         if set(name.split()) <= words:
@@ -37,7 +38,8 @@ def known_peak(device_name: str, precision: str) -> Optional[float]:
 
 
 def peak_flops(config: TrainerConfig, device: torch.device) -> Optional[float]:
-    """FLOP/s of one device that MFU is taken against: trainer.peak_tflops, or a known GPU's; None: no MFU."""
+    """Returns the FLOP/s of one device that MFU is taken against: trainer.peak_tflops, or a known GPU's. None: no
+    MFU."""
     tflops = config.peak_tflops
     if tflops is None and device.type == "cuda":
         tflops = known_peak(torch.cuda.get_device_name(device), config.precision)

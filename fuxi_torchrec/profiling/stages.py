@@ -12,14 +12,15 @@ STAGES = ("loader", "lookup and exchange", "encoder forward", "loss", "backward"
 
 
 class StageClock:
-    """Seconds of each stage, added up in `seconds`. On CUDA it waits for the device at either end of a stage, so that each
-    pays for its own kernels: for benchmarks, not for training."""
+    """Seconds of each stage, added up in `seconds`. On CUDA it waits for the device at either end of a stage, so that
+    each pays for its own kernels: for benchmarks, not for training."""
 
     def __init__(self, device: torch.device):
         self.device, self.seconds = device, defaultdict(float)
 
     @contextmanager
     def timing(self, name: str) -> Iterator[None]:
+        """Adds the time of the enclosed code to the stage's seconds."""
         self._wait()
         start = time.perf_counter()
         yield
@@ -27,7 +28,7 @@ class StageClock:
         self.seconds[name] += time.perf_counter() - start
 
     def take(self) -> Dict[str, float]:
-        """The seconds since the last time, by stage."""
+        """Returns the seconds since the last call, by stage."""
         taken, self.seconds = {name: self.seconds[name] for name in STAGES}, defaultdict(float)
         return taken
 
@@ -40,7 +41,7 @@ _clock: Optional[StageClock] = None
 
 
 def stage(name: str) -> ContextManager:
-    """Around the part of a step that bears this name; costs nothing where nobody measures."""
+    """Marks the enclosed code as this stage of a step; costs nothing where nobody measures."""
     assert name in STAGES, name
     if _clock is not None:
         return _clock.timing(name)
@@ -49,7 +50,7 @@ def stage(name: str) -> ContextManager:
 
 @contextmanager
 def clocked(clock: StageClock) -> Iterator[StageClock]:
-    """Within it, every stage of this process is timed by the clock."""
+    """Times every stage of this process by the clock, for as long as the context lasts."""
     global _clock
     before, _clock = _clock, clock
     try:

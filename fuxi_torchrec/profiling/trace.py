@@ -31,12 +31,12 @@ class StepProfile:
         self._profile.start()
 
     def step(self) -> None:
-        """To be called after every step."""
+        """Counts a step; to be called after every one."""
         if not self.written:
             self._profile.step()
 
     def close(self) -> None:
-        """At the end of the run, which may come before all steps are recorded."""
+        """Stops recording at the end of the run, which may come before all steps are recorded."""
         self._profile.stop()
         if not self.written:
             self.say(f"no profile: the run ended before its step {SKIPPED_STEPS + 1}")

@@ -20,12 +20,13 @@ CANDIDATE_COPIES, OWN_COPIES = 3, 2
 
 
 def positions(config: Config, events: float) -> float:
-    """Supervised positions of a rank's batch, T. events: mean events of a user, before they are cut to the window."""
+    """Counts the supervised tokens of a rank's batch, T. events: mean events of a user, before they are cut to the
+    window."""
     return config.data.batch_size * max(min(events, config.data.max_sequence_length + 1) - 1, 1)
 
 
 def ids_per_user(config: Config, num_items: int, events: float) -> Tuple[float, float]:
-    """Ids that an average user of a batch looks up: (events, negatives)."""
+    """Estimates the ids that an average user of a batch looks up: (events, negatives)."""
     events = min(events, config.data.max_sequence_length + 1)
     # In-batch negatives are events; a pool is looked up besides.
     draws = float(_pool(config, num_items))
@@ -36,18 +37,19 @@ def ids_per_user(config: Config, num_items: int, events: float) -> Tuple[float, 
 
 
 def distinct(draws: float, num_items: int) -> float:
-    """Expected number of different items among even draws with replacement; no other law has more."""
+    """Expects this number of different items among draws with replacement, all items equally likely; no other
+    distribution has more."""
     return num_items * -math.expm1(draws * math.log1p(-1 / num_items)) if num_items > 1 else 1.0
 
 
 def activation_bytes(config: Config, events: float) -> int:
-    """The tower's, kept for backward: a guess."""
+    """Guesses the bytes of the encoder's activations that a rank keeps for backward."""
     width = config.model.embedding_dim
     return round(KEPT_WIDTHS * positions(config, events) * width * config.model.num_blocks * FLOAT_BYTES)
 
 
 def candidates(config: Config, num_items: int, events: float) -> float:
-    """Candidates that a rank itself offers to its loss, in expectation."""
+    """Estimates how many candidates a rank itself offers to its loss."""
     if config.loss.negatives == "per_token":
         return ids_per_user(config, num_items, events)[1] * config.data.batch_size
     in_batch = 0.0
@@ -58,8 +60,8 @@ def candidates(config: Config, num_items: int, events: float) -> float:
 
 
 def candidate_bytes(config: Config, num_items: int, events: float, world_size: int) -> int:
-    """Memory of the loss: the candidates that a rank's positions are set against, those of all ranks with
-    loss.cross_rank, with their gradient, and a chunk of logits."""
+    """Estimates the memory of the loss in bytes: the candidates that a rank's tokens are compared with (those of all
+    ranks with loss.cross_rank), their gradient, and a chunk of logits."""
     own, row = candidates(config, num_items, events), config.model.embedding_dim * FLOAT_BYTES
     count = own * world_size if config.loss.cross_rank else own
     logits = max(config.loss.chunk_logits, round(count)) * LOGIT_BYTES  # a chunk is one position at least
@@ -70,8 +72,8 @@ def candidate_bytes(config: Config, num_items: int, events: float, world_size: i
 
 
 def candidate_traffic_bytes(config: Config, num_items: int, events: float, world_size: int) -> int:
-    """Bytes that a rank sends and receives for loss.cross_rank: every rank's candidates go to all, forward with their ids
-    and what logQ needs to know of them, and their gradients come back."""
+    """Estimates the bytes that a rank sends and receives a step for loss.cross_rank: every rank's candidates go to
+    all, forward with their ids and what logQ needs to know of them, and their gradients come back. 0 without it."""
     if not config.loss.cross_rank:
         return 0
     row = 2 * config.model.embedding_dim * FLOAT_BYTES + ID_BYTES

@@ -39,7 +39,7 @@ logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
 def build_distributed(
     config: Config, identity: DatasetIdentity, world: World
 ) -> Tuple[DistributedModelParallel, TableChoice]:
-    """The run's model with its table replicated or sharded, freshly initialised; every rank calls it.
+    """Builds the run's model, freshly initialised, with its table replicated or sharded; every rank calls it.
 
     Initial values don't depend on the sharding. Raises UserError where the table fits no plan.
     """
@@ -61,7 +61,7 @@ def build_distributed(
 
 
 def distribute(model: SequenceRecommender, world: World, plan: ShardingPlan) -> DistributedModelParallel:
-    """The model under DistributedModelParallel; a table that the plan leaves out is replicated."""
+    """Wraps the model in DistributedModelParallel; a table that the plan leaves out is replicated."""
     with warnings.catch_warnings():
         # torchrec 1.8 calls DDP with an argument that torch 2.13 renamed; nothing a user could do about it.
         warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
@@ -90,11 +90,13 @@ def distribute(model: SequenceRecommender, world: World, plan: ShardingPlan) -> 
 
 
 def is_sharded(model: DistributedModelParallel) -> bool:
+    """Tells whether the item table is sharded, not replicated."""
     return isinstance(model.module.embeddings, ShardedEmbeddingCollection)
 
 
 def local_parts(model: DistributedModelParallel) -> List[Tuple[int, int, Tensor]]:
-    """This rank's parts of the item table as (first row, first column, values), sharing its memory."""
+    """Returns this rank's parts of the item table as (first row, first column, float32 values [rows, columns]); the
+    values share the table's memory."""
     if not is_sharded(model):
         return [(0, 0, model.module.embeddings.embeddings[TABLE].weight.detach())]
     shards = _sharded_table(model).local_shards()
@@ -102,7 +104,7 @@ def local_parts(model: DistributedModelParallel) -> List[Tuple[int, int, Tensor]
 
 
 def table_shards(model: DistributedModelParallel) -> Tuple[List[Tuple[int, int, int, int]], Tuple[int, int]]:
-    """A sharded table's parts as (rank, first column, rows, columns), and its size (rows, columns)."""
+    """Returns a sharded table's parts as (rank, first column, rows, columns), and its size (rows, columns)."""
     metadata = _sharded_table(model).metadata()
     shards = [
         (shard.placement.rank(), shard.shard_offsets[1], *shard.shard_sizes) for shard in metadata.shards_metadata

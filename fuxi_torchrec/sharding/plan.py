@@ -27,17 +27,19 @@ class Shard:
 
     @property
     def table_bytes(self) -> int:
+        """Bytes of the rectangle's float32 values."""
         return self.rows * self.columns * FLOAT_BYTES
 
     def optimizer_bytes(self, optimizer: str) -> int:
-        """State of table.optimizer for this rectangle."""
+        """Returns the bytes of table.optimizer's state for this rectangle. Raises KeyError for one that trains no
+        sharded table."""
         cells = self.rows * self.columns
         floats = {"rowwise_adagrad": self.rows, "adagrad": cells, "adam": 2 * cells, "adamw": 2 * cells}
         return floats[optimizer] * FLOAT_BYTES
 
 
 def planned_shards(plan: ShardingPlan) -> Tuple[List[Shard], str]:
-    """A sharded table's rectangles, and the name of its sharding."""
+    """Reads a sharded table's rectangles, and the name of its sharding, from TorchRec's plan."""
     table = plan.plan["embeddings"][TABLE]
     shards = [
         Shard(part.placement.rank(), *part.shard_offsets, *part.shard_sizes) for part in table.sharding_spec.shards
@@ -46,13 +48,13 @@ def planned_shards(plan: ShardingPlan) -> Tuple[List[Shard], str]:
 
 
 def replicated_shards(num_items: int, width: int, world_size: int) -> List[Shard]:
-    """The whole table on every rank."""
+    """Makes one rectangle a rank, each the whole table."""
     return [Shard(rank, 0, 0, num_items, width) for rank in range(world_size)]
 
 
 def plan_record(plan: ShardingPlan, choice: TableChoice, num_items: int, width: int, world_size: int) -> str:
-    """sharding_plan.json: how a run's table is cut, over which ranks, what trains it, and the bytes that a shard's rows
-    and their optimizer state take.
+    """Writes down a plan as the JSON text of sharding_plan.json: how a run's table is cut, over which ranks, what
+    trains it, and the bytes that a shard's rows and their optimizer state take.
 
     Args:
         plan: DistributedModelParallel's; empty where the table is replicated.
@@ -81,8 +83,9 @@ def plan_record(plan: ShardingPlan, choice: TableChoice, num_items: int, width: 
 
 
 def trained_by(plan: ShardingPlan, choice: TableChoice) -> Dict[str, Any]:
-    """What must be the same for a checkpoint's optimizer state to be taken over, by the name a user knows it by. Where it
-    lies doesn't matter, but row-wise Adagrad keeps a number for every part that a row is cut into."""
+    """Names what must be the same for a checkpoint's optimizer state to be taken over, as {the name a user knows it
+    by: its value}. Where the state lies doesn't matter, but row-wise Adagrad keeps a number for every part that a row
+    is cut into."""
     parts = 1
     if choice.optimizer == "rowwise_adagrad":
         parts = len({shard.column for shard in planned_shards(plan)[0]})

@@ -54,11 +54,11 @@ class Machine:
 
     @property
     def memory(self) -> int:
-        """Where the table lives."""
+        """Bytes of the memory that the table lives in."""
         return self.hbm if self.device_type == "cuda" else self.ddr
 
     def topology(self, reserved: int = 0) -> Topology:
-        """For the planner, `reserved` bytes of each rank kept from it."""
+        """Describes the machine to TorchRec's planner, with `reserved` bytes of each rank kept from it."""
         hbm, ddr = (max(self.hbm - reserved, 0), self.ddr) if self.hbm else (0, max(self.ddr - reserved, 0))
         given = {"intra_host_bw": self.intra_host_gb_s, "inter_host_bw": self.inter_host_gb_s}
         return Topology(
@@ -72,7 +72,7 @@ class Machine:
 
 
 def this_machine(table: TableConfig, device: torch.device, world_size: int) -> Machine:
-    """The machine this process runs on; table.hbm_gb and table.ddr_gb override what it says of itself."""
+    """Describes the machine that this process runs on; table.hbm_gb and table.ddr_gb override what it says of itself."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     ddr = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local
     hbm = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
@@ -84,11 +84,13 @@ def this_machine(table: TableConfig, device: torch.device, world_size: int) -> M
 
 
 def mean_events(identity: DatasetIdentity) -> float:
+    """Divides the data set's events by its users."""
     return identity.num_events / max(identity.num_users, 1)
 
 
 def choose(config: Config, machine: Machine, num_items: int, events: float) -> TableChoice:
-    """tables.choose_table with the memory that a batch leaves. Raises UserError as that does."""
+    """Chooses the table's sharding and optimizer for the memory that a batch leaves. Raises UserError as
+    table_choice.choose_table does."""
     return choose_table(config, num_items, machine.memory - batch_bytes(config, machine, num_items, events))
 
 
@@ -101,6 +103,7 @@ def apply_table_optimizer(embeddings: nn.Module, choice: TableChoice, config: Co
 
 
 def sharder(device_type: str) -> EmbeddingCollectionSharder:
+    """Makes the sharder that tells TorchRec how an embedding collection may be cut."""
     # fbgemm's deduplication of ids before their exchange (jagged_unique_indices) has no CPU kernel.
     return EmbeddingCollectionSharder(use_index_dedup=device_type == "cuda")
 
@@ -108,7 +111,8 @@ def sharder(device_type: str) -> EmbeddingCollectionSharder:
 def plan_table(
     model: nn.Module, config: Config, choice: TableChoice, machine: Machine, num_items: int, events: float
 ) -> Tuple[ShardingPlan, List[ShardingOption]]:
-    """The sharding plan of a model whose table is on the meta device, and the planner's own account of it.
+    """Plans the sharding of a model whose table is on the meta device. Returns the plan and the planner's own account
+    of it.
 
     Args:
         choice: a sharded one, its optimizer applied by apply_table_optimizer.
@@ -152,26 +156,27 @@ def _shardings(choice: TableChoice) -> Tuple[str, ...]:
 
 
 def reserved_bytes(model: nn.Module, config: Config, machine: Machine, num_items: int, events: float) -> int:
-    """Memory of a rank that no table may take: what the tower and its loss need, and RESERVED_PART at least."""
+    """Computes the bytes of a rank that no table may take: what the encoder and its loss need, and RESERVED_PART of
+    the memory at least."""
     return max(round(RESERVED_PART * machine.memory), dense_bytes(model) + batch_bytes(config, machine, num_items, events))
 
 
 def batch_bytes(config: Config, machine: Machine, num_items: int, events: float) -> int:
-    """Memory that a rank's batch takes whatever becomes of the table: activations, and the candidates of the loss, which
-    are those of all ranks with loss.cross_rank."""
+    """Estimates the bytes that a rank's batch takes whatever becomes of the table: activations, and the candidates of
+    the loss, which are those of all ranks with loss.cross_rank."""
     candidates = memory_estimate.candidate_bytes(config, num_items, events, machine.world_size)
     return memory_estimate.activation_bytes(config, events) + candidates
 
 
 def dense_bytes(model: nn.Module) -> int:
-    """The tower's parameters, their gradient, and AdamW's two moments."""
+    """Counts the bytes of the encoder's parameters, their gradient, and AdamW's two moments."""
     own = (p.numel() for name, p in model.named_parameters() if not name.startswith("embeddings"))
     return 4 * sum(own) * memory_estimate.FLOAT_BYTES
 
 
 def narrowest_part(width: int, world_size: int) -> Optional[int]:
-    """Columns of a part where a table `width` wide is cut over the ranks by columns: a divisor of the width and a
-    multiple of 4, as fbgemm wants it, at least width / world_size."""
+    """Finds the fewest columns of a part where a table `width` wide is cut over the ranks by columns: a divisor of
+    the width and a multiple of 4, as fbgemm wants it, at least width / world_size. None where there is none."""
     return next((part for part in range(4, width + 1, 4) if width % part == 0 and part * world_size >= width), None)
 
 

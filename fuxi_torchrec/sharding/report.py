@@ -52,17 +52,20 @@ class Report:
 
     @property
     def memory_bytes(self) -> List[int]:
+        """Bytes that each rank needs in all."""
         fixed = self.dense_bytes + self.activation_bytes + self.candidate_bytes
         return [sum(parts) + fixed for parts in zip(self.table_bytes, self.optimizer_bytes, self.lookup_bytes)]
 
     def to_json(self) -> str:
+        """Returns the report as JSON text, with the memory in all and the balance of the ranks."""
         values = dataclasses.asdict(self)
         balance = {name: imbalance(values[name]) for name in ("table_bytes", "traffic_bytes")}
         return json.dumps({**values, "memory_bytes": self.memory_bytes, "largest_over_mean": balance}, indent=1) + "\n"
 
 
 def parse_size(text: str, key: str) -> int:
-    """Bytes of "80GB" (10^9), "80GiB" (2^30), "1.5TB", or a plain number of GB. Raises UserError naming the key."""
+    """Parses "80GB" (10^9), "80GiB" (2^30), "1.5TB", or a plain number of GB, to bytes. Raises UserError naming the
+    key."""
     units = {"GIB": GIB, "TIB": GIB << 10, "GB": 10**9, "TB": 10**12, "": 10**9}
     number = text.strip().upper().rstrip("IBGT")
     unit = text.strip().upper()[len(number) :]
@@ -166,12 +169,12 @@ def _report(
 
 
 def imbalance(values: List[int]) -> float:
-    """Largest over mean; 1.0 is even."""
+    """Divides the largest value by the mean; 1.0 is even."""
     return max(values) * len(values) / sum(values) if sum(values) else 1.0
 
 
 def show(made: Report) -> None:
-    """The report as tables on standard output."""
+    """Prints the report as tables on standard output."""
     machine = made.machine
     print(
         f"{made.items:,} items x {made.width}, {made.sharding}, {made.optimizer}; {machine.world_size} ranks, "

@@ -28,6 +28,7 @@ class TableChoice:
 
     @property
     def is_sharded(self) -> bool:
+        """Whether the table is cut into parts, rather than copied to every rank."""
         return self.sharding != "replicated"
 
 

@@ -19,7 +19,8 @@ from launch.scaling_law.study import FLOPS, NEEDED, PLACES, Study
 
 
 def read_results(path: str) -> List[Dict[str, Any]]:
-    """The finished runs of a results table: a sweep's folder, or a .parquet or .csv file of one."""
+    """Reads the finished runs of a results table: a sweep's folder, or a .parquet or .csv file of one. Raises
+    UserError."""
     if os.path.isdir(path):
         path = os.path.join(path, "results.parquet")
     rows = _read_table(path)
@@ -65,7 +66,7 @@ def _value(text: Optional[str]) -> Any:
 
 
 def studies_of(rows: List[Dict[str, Any]]) -> List[Study]:
-    """One study for each catalogue size and encoder."""
+    """Groups the runs to one study for each catalogue size and encoder."""
     groups: Dict[Tuple[int, str], List[Dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((int(row["items"]), row.get("model.encoder") or ""), []).append(row)
@@ -108,7 +109,7 @@ def _fits(studies: List[Study]) -> Dict[str, Any]:
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
-    """Exit codes: 0 done, 2 a mistake (one line)."""
+    """Fits and reports. Exit codes: 0 done, 2 a mistake (one line)."""
     from fuxi_torchrec.config.parsing import OneLineParser
 
     parser = OneLineParser(prog="python -m launch.scaling_law", description="Fits scaling laws to a sweep's results.")

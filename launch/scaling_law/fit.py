@@ -29,27 +29,29 @@ class Law:
     beta: float
 
     def loss(self, N: np.ndarray, D: np.ndarray) -> np.ndarray:
-        """Cross-entropy of N parameters trained on D tokens; they broadcast."""
+        """Predicts the cross-entropy (nats) of N parameters trained on D tokens; the arrays broadcast."""
         return self.E + self.A * np.power(N, -self.alpha, dtype=float) + self.B * np.power(D, -self.beta, dtype=float)
 
 
 @dataclass(frozen=True)
 class Fit:
-    """The best law, and those of resampled tables, whose spread is its uncertainty."""
+    """A fitted law: the best one, and those of resampled tables, whose spread is its uncertainty."""
 
     law: Law
     resampled: List[Law]
     residual: float  # root mean square of log L − log L̂
 
     def interval(self, values: np.ndarray, level: float = 0.9) -> Tuple[float, float]:
-        """The central interval of a quantity of the resampled laws, `values` in their order."""
+        """Returns the central interval of a quantity of the resampled laws, `values` in their order."""
         low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
         return float(low), float(high)
 
     def parameter_interval(self, name: str, level: float = 0.9) -> Tuple[float, float]:
+        """Returns the central interval of a parameter, one of PARAMETERS."""
         return self.interval(np.array([getattr(law, name) for law in self.resampled]), level)
 
     def loss_interval(self, N: float, D: float, level: float = 0.9) -> Tuple[float, float]:
+        """Returns the central interval of the predicted loss at N parameters and D tokens."""
         return self.interval(np.array([law.loss(N, D) for law in self.resampled]), level)
 
 
@@ -131,26 +133,27 @@ class _Problem:
 
 @dataclass(frozen=True)
 class Cost:
-    """FLOPs of a token as a power of N, fitted to what was counted: not N itself, as the loss and the pairs of positions
-    cost in proportion to the width."""
+    """Cost of a token: its FLOPs as a power of N, fitted to what was counted: not N itself, as the loss and the pairs
+    of positions cost in proportion to the width."""
 
     log_factor: float
     exponent: float
 
     @classmethod
     def of(cls, N: np.ndarray, D: np.ndarray, flops: np.ndarray) -> "Cost":
+        """Fits the power law to runs of N parameters, D tokens and `flops` FLOPs."""
         exponent, log_factor = np.polyfit(np.log(N), np.log(flops / D), 1)
         return cls(float(log_factor), float(exponent))
 
     def tokens(self, flops: np.ndarray, N: np.ndarray) -> np.ndarray:
-        """Tokens that `flops` pay for at size N."""
+        """Computes the tokens that `flops` pay for at size N."""
         return flops / np.exp(self.log_factor + self.exponent * np.log(N))
 
 
 def frontier(
     law: Law, cost: Cost, flops: np.ndarray, N_range: Tuple[float, float]
 ) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The compute-optimal (N, D, L) for each of `flops`, N within N_range."""
+    """Finds the compute-optimal (N, D, L) for each of `flops`, N within N_range."""
     N = np.geomspace(*N_range, 2000)
     D = cost.tokens(flops[:, None], N[None, :])
     losses = law.loss(N[None, :], D)

@@ -17,7 +17,7 @@ DECADE = 10.0
 
 
 def draw_all(studies: List["Study"], folder: str) -> Dict[str, str]:
-    """{title: file name} of the plots, written into `folder`."""
+    """Draws the plots into `folder`; returns {title: file name}."""
     plots: Dict[str, str] = {}
     for study in studies:
         plots[f"Loss and fit, {study.label}"] = _save(folder, f"loss-{study.slug}.png", lambda s=study: _losses(s))
@@ -28,7 +28,7 @@ def draw_all(studies: List["Study"], folder: str) -> Dict[str, str]:
 
 
 def to_tensorboard(plots: Dict[str, str], folder: str, report: str) -> None:
-    """Plots as images and the report as text, into folder/tensorboard."""
+    """Writes the plots as images and the report as text, into folder/tensorboard."""
     from PIL import Image
     from torch.utils.tensorboard import SummaryWriter
 
@@ -131,7 +131,7 @@ def _distinct(values: np.ndarray) -> List[float]:
 
 
 def short(value: float) -> str:
-    """1234567 -> 1.23M"""
+    """Shortens a number: 1234567 -> 1.23M"""
     for size, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= size:
             return f"{value / size:.3g}{letter}"

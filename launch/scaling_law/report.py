@@ -18,7 +18,7 @@ RAW = (
 
 
 def report(studies: List["Study"], plots: Dict[str, str], source: str) -> str:
-    """The report page, Markdown."""
+    """Writes the report page, Markdown."""
     runs = sum(len(study.rows) for study in studies)
     lines = ["# Scaling law", "", f"L(N, D) = E + A / N^α + B / D^β on the {runs} finished runs of"]
     lines += [

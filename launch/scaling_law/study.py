@@ -17,12 +17,13 @@ LEAST_VALUES = 3  # distinct N, and distinct D: a term has a coefficient and an 
 
 
 class Line(NamedTuple):
-    """value = intercept + slope · log10(FLOPs)"""
+    """A line: value = intercept + slope · log10(FLOPs)."""
 
     intercept: float
     slope: float
 
     def at(self, flops: np.ndarray) -> np.ndarray:
+        """Computes the line's values at these FLOPs."""
         return self.intercept + self.slope * np.log10(flops)
 
 
@@ -46,6 +47,7 @@ class Study:
         self.L = self._column(LOSS) if self.floor is None else self.floor + self._column(ABOVE_FLOOR)
 
     def solve(self, resamples: int) -> None:
+        """Fits the law and the cost of a token. Raises UserError for points that are too few to tell them."""
         if len(self.rows) < len(PARAMETERS):
             count = f"{len(self.rows)} finished runs are fewer than the law's {len(PARAMETERS)} parameters"
             raise UserError(f"{self.label}: {count}; run more sizes and tokens")
@@ -58,11 +60,12 @@ class Study:
         self.cost = Cost.of(self.N, self.D, self.flops)
 
     def frontier(self, flops: np.ndarray) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Compute-optimal (N, D, L), N from a tenth of the smallest to a thousand times the largest that was run."""
+        """Computes the compute-optimal (N, D, L), N from a tenth of the smallest to a thousand times the largest that
+        was run."""
         return frontier(self.fit.law, self.cost, flops, (self.N.min() / 10, self.N.max() * 1000))
 
     def ndcg_line(self) -> Optional[Line]:
-        """Through the runs that no cheaper run beats in NDCG@10."""
+        """Fits a line through the runs that no cheaper run beats in NDCG@10; None where there are too few."""
         order = np.argsort(self.flops)
         best = [i for at, i in enumerate(order) if at == 0 or self.ndcg[i] > self.ndcg[order[:at]].max()]
         if len(best) < 2 or not np.isfinite(self.ndcg).all():
@@ -71,7 +74,7 @@ class Study:
         return Line(float(intercept), float(slope))
 
     def best_within(self, flops: float) -> int:
-        """The run of the lowest loss among those that cost at most so much."""
+        """Finds the run of the lowest loss among those that cost at most so much; its place in `rows`."""
         return min(np.flatnonzero(self.flops <= flops), key=lambda run: self.L[run])
 
     def _column(self, name: str) -> np.ndarray:

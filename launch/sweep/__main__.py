@@ -13,7 +13,8 @@ from launch.sweep.runner import Ended, run_plan
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
-    """Exit codes: 0 every run finished, 1 some failed, 2 a mistake (one line), 130 or 143 stopped."""
+    """Runs the command line. Exit codes: 0 every run finished, 1 some failed, 2 a mistake (one line), 130 or 143
+    stopped."""
     options = _parser().parse_args(arguments)
     try:
         return _main(options)

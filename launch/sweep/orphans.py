@@ -12,7 +12,7 @@ PATIENCE = 120.0  # seconds until SIGKILL: more than torchrun gives its workers 
 
 
 def orphans(folders: Iterable[str]) -> Dict[int, str]:
-    """{process id: run folder} of this user's live processes that work in one of these folders."""
+    """Finds this user's live processes that work in one of these folders, as {process id: run folder}."""
     wanted = {f"{MARK}={folder}".encode(): folder for folder in folders}
     found = {}
     for name in os.listdir("/proc") if wanted and os.path.isdir("/proc") else []:
@@ -26,7 +26,8 @@ def orphans(folders: Iterable[str]) -> Dict[int, str]:
 
 
 def stop_orphans(folders: Iterable[str]) -> None:
-    """Ends them, so that no two processes ever work in one run folder. They save first: SIGTERM is a run's sign to."""
+    """Ends the processes that work in one of these folders, so that no two ever work in one run folder. They save
+    first: SIGTERM is a run's sign to."""
     folders = list(folders)
     told: List[int] = []
     end = time.monotonic() + PATIENCE

@@ -53,7 +53,7 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """What is to be run.
+    """A sweep's file, read and checked. prepare: folder of a data set -> arguments of 'fuxi-torchrec prepare'.
 
     Attributes:
         runs: in their order.

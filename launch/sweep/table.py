@@ -24,7 +24,7 @@ TAIL_BYTES = 4096
 
 
 def result_row(folder: str) -> Dict[str, Any]:
-    """What the run in `folder` has to show: of outcome.json all but status and reason, the last training loss, the median
+    """Summarises the run in `folder`: of outcome.json all but status and reason, the last training loss, the median
     rate, and the metrics of the kept model by "split/metric"."""
     facts = {key: value for key, value in (read_outcome(folder) or {}).items() if key not in ("status", "reason")}
     lines = RunFolder(folder).metrics()
@@ -40,7 +40,7 @@ def result_row(folder: str) -> Dict[str, Any]:
 
 
 def last_line(folder: str) -> Dict[str, Any]:
-    """The newest whole line of a run's metrics.jsonl, from the end of the file; {} where there is none."""
+    """Reads the newest whole line of a run's metrics.jsonl, from the end of the file; {} where there is none."""
     try:
         with open(os.path.join(folder, METRICS_FILE), "rb") as file:
             file.seek(max(0, os.path.getsize(file.name) - TAIL_BYTES))
@@ -79,7 +79,8 @@ def _column(values: List[Any]) -> List[Any]:
 
 @contextmanager
 def live_view(rows: Callable[[], List[Dict[str, Any]]], title: str) -> Iterator[Callable[[Optional[str]], None]]:
-    """Yields show(news): a terminal has the table redrawn, anything else gets the news as a line, if there is any."""
+    """Shows the table while a sweep runs. Yields show(news): a terminal has the table redrawn, anything else gets the
+    news as a line, if there is any."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield lambda news: print(news, file=sys.stderr, flush=True) if news else None
@@ -89,7 +90,7 @@ def live_view(rows: Callable[[], List[Dict[str, Any]]], title: str) -> Iterator[
 
 
 def render(rows: List[Dict[str, Any]], title: str) -> Table:
-    """The table that is shown: running and failed runs first, as many of the others as fit."""
+    """Makes the table that is shown: running and failed runs first, as many of the others as fit."""
     order = {"running": 0, "failed": 1, "finished": 2, "waiting": 3}
     counts = {status: sum(row["status"] == status for row in rows) for status in order}
     caption = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
