@@ -2,12 +2,15 @@
 
 import os
 from functools import cache
-from typing import List
+from typing import TYPE_CHECKING, List
+
+if TYPE_CHECKING:
+    from iopath.common.file_io import PathManager
 
 
 @cache
-def path_manager():
-    """The process's `iopath` PathManager: local files, http(s) downloads, and S3 where boto3 is installed."""
+def path_manager() -> "PathManager":
+    """Returns the process's `iopath` PathManager: local files, http(s) downloads, and S3 where boto3 is installed."""
     from iopath.common.file_io import HTTPURLHandler, PathManager
 
     manager = PathManager()
@@ -33,7 +36,7 @@ def absolute(path: str) -> str:
 
 
 def join(folder: str, *names: str) -> str:
-    """Joins with '/', which is right for local paths and for addresses with a scheme."""
+    """Joins names to a folder with '/', which is right for local paths and for addresses with a scheme."""
     return "/".join([folder.rstrip("/"), *names])
 
 

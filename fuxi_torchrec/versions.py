@@ -30,7 +30,7 @@ TORCHREC_NEEDS = {
 
 
 def installed_version(distribution: str) -> Optional[str]:
-    """The installed version of a distribution (not of an import name), or None."""
+    """Returns the installed version of a distribution (not of an import name), or None."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -38,7 +38,7 @@ def installed_version(distribution: str) -> Optional[str]:
 
 
 def has_nvidia_driver() -> bool:
-    """Whether the library that fbgemm's CUDA build is linked to can be loaded."""
+    """Tells whether the library that fbgemm's CUDA build is linked to can be loaded."""
     try:
         ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
@@ -47,7 +47,7 @@ def has_nvidia_driver() -> bool:
 
 
 def fbgemm_has_cuda() -> bool:
-    """Whether the CUDA build of fbgemm is installed: without it, embedding tables stay on the CPU."""
+    """Tells whether the CUDA build of fbgemm is installed: without it, embedding tables stay on the CPU."""
     return installed_version(CUDA) is not None and installed_version(CPU) is None
 
 
@@ -68,9 +68,16 @@ def check_environment(device: str = "auto") -> None:
     problems = _missing() or _both_builds() or _mismatch() or _wrong_build(device)
     if problems:
         raise UserError(f"{'; '.join(problems)}. To mend it: {_mend(device)}")
-    if _minor(installed_version("torch")) not in TESTED:
+    if _minor(_installed("torch")) not in TESTED:
         names = ", ".join(filter(None, map(_found, ("torch", "torchrec", CPU, CUDA))))
         warnings.warn(f"{names}: newer than every set this project was tested with", stacklevel=2)
+
+
+def _installed(name: str) -> str:
+    """The version of a distribution that is known to be there."""
+    version = installed_version(name)
+    assert version is not None, name
+    return version
 
 
 def _found(name: str) -> str:
@@ -80,8 +87,9 @@ def _found(name: str) -> str:
 
 def _minor(version: str) -> Tuple[int, int]:
     """(2, 13) of "2.13.0+cpu", "2.13.0a0+gitabc" or "2.13.0.dev20260101"."""
-    major, minor = re.match(r"(\d+)\.(\d+)", version).groups()
-    return int(major), int(minor)
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    assert numbers is not None, version
+    return int(numbers[1]), int(numbers[2])
 
 
 def _partners(torch: str) -> Optional[Tuple[int, int]]:
@@ -107,8 +115,8 @@ def _both_builds() -> List[str]:
 
 
 def _mismatch() -> List[str]:
-    torch, torchrec = installed_version("torch"), installed_version("torchrec")
-    fbgemm = installed_version(CPU) or installed_version(CUDA)
+    torch, torchrec = _installed("torch"), _installed("torchrec")
+    fbgemm = _installed(CPU if installed_version(CPU) else CUDA)
     oldest = min(TESTED)
     if _minor(torch) < oldest:
         return [f"torch {torch} is too old: this project needs torch {oldest[0]}.{oldest[1]} or newer"]
@@ -139,8 +147,8 @@ def _torch_is_cpu_build() -> bool:
 def _mend(device: str) -> str:
     """The shell command that ends in a tested set: the one of the installed torch if there is one, else the pinned."""
     torch = installed_version("torch")
-    keep_torch = torch is not None and _minor(torch) in TESTED
-    pins = TESTED[_minor(torch)] if keep_torch else PINNED
+    tested = TESTED.get(_minor(torch)) if torch is not None else None
+    keep_torch, pins = tested is not None, tested or PINNED
     cuda = has_nvidia_driver() and (device == "cuda" or device == "auto" and not _torch_is_cpu_build())
     build, other = (CUDA, CPU) if cuda else (CPU, CUDA)
     # Both builds fill one folder, so taking one out breaks the other: out with both, then in again.

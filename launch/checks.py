@@ -6,7 +6,7 @@ Inside an image nothing but the config can be looked at from here, and paths are
 import os
 import tempfile
 import time
-from typing import TYPE_CHECKING, Any, List, Optional
+from typing import TYPE_CHECKING, List, Optional, Sequence
 
 from fuxi_torchrec.config import Config
 from fuxi_torchrec.config.parsing import PATHS, load_config
@@ -127,7 +127,7 @@ def _without(arguments: List[str], option: str) -> List[str]:
     return kept
 
 
-def _absolute_values(arguments: List[str], options: Any) -> List[str]:
+def _absolute_values(arguments: List[str], options: Sequence[str]) -> List[str]:
     """The arguments with the values of `options` absolute; an option may have several."""
     made, of_path = [], False
     for word in arguments:

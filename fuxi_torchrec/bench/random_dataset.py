@@ -1,10 +1,8 @@
 """Random users in memory, in MovieLens' shape: what steps are timed on where a file would only be in the way."""
 
-from typing import Sequence
-
 import numpy as np
 
-from fuxi_torchrec.data.dataset import RowGroup, UserRows
+from fuxi_torchrec.data.dataset import RowGroup, SequenceDataset, UserRows
 from fuxi_torchrec.data.format import DatasetIdentity
 
 SHORTEST = 20  # as in MovieLens, whose users have at least 20 events
@@ -24,19 +22,19 @@ def random_lengths(longest: int, tokens: int, seed: int) -> np.ndarray:
     return np.array(lengths, dtype=np.int64)
 
 
-class MemoryDataset:
-    """A TrainingData of one row group, in memory.
+class MemoryDataset(SequenceDataset):
+    """A SequenceDataset of one row group, in memory.
 
     Args:
-        lengths_B: events of every user.
+        lengths_B: int64 events of every user.
         item_ids_E: int64, 0 … num_items − 1.
         timestamps_E: int64 seconds, ascending within a user.
     """
 
-    def __init__(self, lengths_B: Sequence[int], item_ids_E: np.ndarray, timestamps_E: np.ndarray, num_items: int):
-        lengths_B = np.asarray(lengths_B)
+    def __init__(self, lengths_B: np.ndarray, item_ids_E: np.ndarray, timestamps_E: np.ndarray, num_items: int):
         users = len(lengths_B)
         offsets_U1 = np.concatenate([[0], lengths_B.cumsum()])
+        self.folder = ""
         self.rows = UserRows(np.arange(users), offsets_U1, item_ids_E, timestamps_E)
         self.identity = DatasetIdentity(
             name="memory",
@@ -54,7 +52,7 @@ class MemoryDataset:
         )
         self.row_groups = [RowGroup("memory", 0, users)]
 
-    def read(self, group: RowGroup) -> UserRows:
+    def read(self, group: RowGroup, log_probs: bool = False) -> UserRows:
         """Returns all users, whichever row group is asked for."""
         return self.rows
 

@@ -5,7 +5,7 @@ import dataclasses
 import io
 import json
 import os
-from typing import Any, Callable, Dict, List, Sequence
+from typing import TYPE_CHECKING, Callable, List, Mapping, Optional, Sequence, TypedDict
 
 from rich.table import Table
 
@@ -14,13 +14,31 @@ from fuxi_torchrec.files import file_aside, write_aside
 from fuxi_torchrec.profiling.stages import STAGES
 from fuxi_torchrec.run.reporting import print_table
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.ticker import Locator
+
 JSON_FILE, CSV_FILE, PLOT_FILE = "bench.json", "bench.csv", "bench.png"
 # A colour for every stage and for the rest, told apart in grey and by the colour-blind (Okabe and Ito's).
 COLOURS = ("#56B4E9", "#009E73", "#0072B2", "#E69F00", "#D55E00", "#CC79A7", "#BBBBBB")
 OTHER = "other"
 
 
-def show(rows: Sequence[BenchRow], machine: Dict[str, Any]) -> None:
+class BenchMachine(TypedDict):
+    """The machine that a benchmark ran on, as bench.json keeps it; threads: of a CPU."""
+
+    device: str
+    ranks: int
+    threads: Optional[int]
+    precision: str
+    peak_tflops: float
+    peak_source: str
+    items: int
+    steps: int
+    torch: str
+
+
+def show(rows: Sequence[BenchRow], machine: BenchMachine) -> None:
     """Prints a line about the machine and a table of the rows, on standard output."""
     threads = f", {machine['threads']} threads" if machine["threads"] else ""
     print(f"\n{machine['device']}{threads}, {machine['precision']}; MFU against {machine['peak_tflops']:.4g} TFLOP/s ", end="")
@@ -39,7 +57,7 @@ def show(rows: Sequence[BenchRow], machine: Dict[str, Any]) -> None:
     print_table(table)
 
 
-def write(rows: Sequence[BenchRow], machine: Dict[str, Any], config: Dict[str, Any], folder: str) -> List[str]:
+def write(rows: Sequence[BenchRow], machine: BenchMachine, config: Mapping[str, object], folder: str) -> List[str]:
     """Writes bench.json, bench.csv and, where matplotlib is installed, bench.png; returns their paths."""
     os.makedirs(folder, exist_ok=True)
     whole = {"machine": machine, "config": config, "rows": [dataclasses.asdict(row) for row in rows]}
@@ -65,7 +83,7 @@ def _csv(rows: Sequence[BenchRow]) -> str:
     return text.getvalue()
 
 
-def plot(rows: Sequence[BenchRow], machine: Dict[str, Any], path: str) -> None:
+def plot(rows: Sequence[BenchRow], machine: BenchMachine, path: str) -> None:
     """Draws a PNG: tokens a second and peak memory by length, and below them, a panel an encoder, where a step's time
     goes."""
     import matplotlib
@@ -76,9 +94,9 @@ def plot(rows: Sequence[BenchRow], machine: Dict[str, Any], path: str) -> None:
     encoders = list(dict.fromkeys(row.encoder for row in rows))
     lengths = sorted({row.length for row in rows})
     figure = plt.figure(figsize=(2.6 * max(len(encoders), 3) + 1.0, 7.4), layout="constrained")
-    above, below = figure.add_gridspec(2, 1, height_ratios=(1, 1))
+    halves = figure.add_gridspec(2, 1, height_ratios=(1, 1))
     known = any(row.peak_bytes for row in rows)
-    tops = above.subgridspec(1, 2 if known else 1)
+    tops = halves[0].subgridspec(1, 2 if known else 1)
     rates = figure.add_subplot(tops[0])
     _plot_by_length(rates, rows, "tokens a second", "log", lambda row: row.tokens_per_second)
     rates.yaxis.set_major_locator(_log_ticks([row.tokens_per_second for row in rows]))
@@ -87,17 +105,18 @@ def plot(rows: Sequence[BenchRow], machine: Dict[str, Any], path: str) -> None:
         memory = figure.add_subplot(tops[1])
         _plot_by_length(memory, rows, "peak memory, MB", "linear", lambda row: (row.peak_bytes or 0) / 1e6)
         memory.set_ylim(bottom=0)
-    grid, first = below.subgridspec(1, len(encoders)), None
+    grid = halves[1].subgridspec(1, len(encoders))
+    panels: List[Axes] = []
     for number, name in enumerate(encoders):
-        axes = figure.add_subplot(grid[number], sharey=first)
-        first = first or axes
+        axes = figure.add_subplot(grid[number], sharey=panels[0] if panels else None)
+        panels.append(axes)
         _plot_stages(axes, [row for row in rows if row.encoder == name], lengths)
         axes.set_title(name, fontsize=10)
         if number == 0:
             axes.set_ylabel("share of a step's time")
         else:
             axes.tick_params(labelleft=False)
-    figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=7, frameon=False, fontsize=9)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=7, frameon=False, fontsize=9)
     threads = f", {machine['threads']} threads" if machine["threads"] else ""
     place = f"{machine['device']}{threads}, {machine['precision']}"
     figure.suptitle(f"Training steps of {max(row.tokens for row in rows):,} tokens: {place}", fontsize=11)
@@ -106,7 +125,7 @@ def plot(rows: Sequence[BenchRow], machine: Dict[str, Any], path: str) -> None:
 
 
 def _plot_by_length(
-    axes: Any, rows: Sequence[BenchRow], label: str, scale: str, value: Callable[[BenchRow], float]
+    axes: "Axes", rows: Sequence[BenchRow], label: str, scale: str, value: Callable[[BenchRow], float]
 ) -> None:
     """A line a tower."""
     lengths = sorted({row.length for row in rows})
@@ -124,14 +143,14 @@ def _plot_by_length(
     axes.grid(alpha=0.3)
 
 
-def _log_ticks(values: Sequence[float]) -> Any:
+def _log_ticks(values: Sequence[float]) -> "Locator":
     """1, 2 and 5 times powers of ten; only powers where the values span many."""
     from matplotlib.ticker import LogLocator
 
     return LogLocator(subs=(1.0, 2.0, 5.0) if max(values) < 200 * min(values) else (1.0,))
 
 
-def _plot_stages(axes: Any, rows: Sequence[BenchRow], lengths: Sequence[int]) -> None:
+def _plot_stages(axes: "Axes", rows: Sequence[BenchRow], lengths: Sequence[int]) -> None:
     bottoms = [0.0] * len(rows)
     places = [lengths.index(row.length) for row in rows]
     for name, colour in zip((*STAGES, OTHER), COLOURS):

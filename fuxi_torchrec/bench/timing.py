@@ -15,7 +15,7 @@ from typing import Callable, Dict, Iterator, List, Optional, Sequence
 import torch
 
 from fuxi_torchrec.bench.random_dataset import random_dataset
-from fuxi_torchrec.config import Config, DataConfig
+from fuxi_torchrec.config import Config, DataConfig, EncoderName
 from fuxi_torchrec.data.batch import SequenceBatch
 from fuxi_torchrec.data.loader import Position, TrainingStream
 from fuxi_torchrec.distributed.world import World
@@ -100,6 +100,7 @@ class BenchCase:
             start = time.perf_counter()
             with stage("loader"):
                 batch = self.trainer.pipeline.take(self.batches)
+            assert batch is not None  # there is always another epoch
             self.trainer.step(batch)
             self.trainer.record.read(batch.position.step)
             seconds, stages = time.perf_counter() - start, clock.take()
@@ -137,7 +138,7 @@ class BenchCase:
 
 def run_bench(
     config: Config,
-    encoders: Sequence[str],
+    encoders: Sequence[EncoderName],
     lengths: Sequence[int],
     size: BenchSize,
     world: World,
@@ -177,7 +178,9 @@ def _run_length(
         return [case.row(peak_flops) for case in cases]
 
 
-def check_memory(config: Config, encoders: Sequence[str], length: int, size: BenchSize, device: torch.device) -> None:
+def check_memory(
+    config: Config, encoders: Sequence[EncoderName], length: int, size: BenchSize, device: torch.device
+) -> None:
     """Refuses what will hardly fit: weights with gradient and AdamW's two moments, and activations. Raises UserError."""
     free, tokens = available(device), size.tokens
     for one in _cases(config, encoders):
@@ -192,6 +195,6 @@ def check_memory(config: Config, encoders: Sequence[str], length: int, size: Ben
             )
 
 
-def _cases(config: Config, encoders: Sequence[str]) -> List[Config]:
+def _cases(config: Config, encoders: Sequence[EncoderName]) -> List[Config]:
     models = [dataclasses.replace(config.model, encoder=name) for name in encoders]
     return [dataclasses.replace(config, model=model) for model in models]

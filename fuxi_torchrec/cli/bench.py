@@ -6,12 +6,19 @@ import statistics
 import sys
 import tempfile
 import time
-from typing import Any, Dict, List, Tuple, get_args
+from typing import TYPE_CHECKING, Dict, List, Sequence, Tuple, get_args
 
 from fuxi_torchrec.config import Config, EncoderName
 from fuxi_torchrec.config.parsing import OneLineParser, add_config_arguments, parse_options
 from fuxi_torchrec.config.rules import check, check_table
 from fuxi_torchrec.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from fuxi_torchrec.bench.report import BenchMachine
+    from fuxi_torchrec.bench.timing import BenchSize
+    from fuxi_torchrec.distributed.world import World
 
 DEFAULT_ENCODERS = "fuxi_beta,fuxi_alpha,hstu,sasrec,flash"
 DEFAULT_LENGTHS = "128,512,2048,8192"
@@ -66,14 +73,15 @@ def bench(arguments: List[str]) -> int:
     return _run(config, encoders, lengths, (options.tokens, items, steps), options.output)
 
 
-def _names(text: str, known: Tuple[str, ...]) -> List[str]:
+def _names(text: str, known: Tuple[EncoderName, ...]) -> List[EncoderName]:
+    by_name: Dict[str, EncoderName] = {name: name for name in known}
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
-        if name not in known:
+        if name not in by_name:
             raise UserError(f"--encoders: unknown {name!r}; there are {', '.join(known)}")
     if not names:
         raise UserError(f"--encoders: name at least one of {', '.join(known)}")
-    return list(dict.fromkeys(names))
+    return [by_name[name] for name in dict.fromkeys(names)]
 
 
 def _numbers(text: str) -> List[int]:
@@ -86,7 +94,7 @@ def _numbers(text: str) -> List[int]:
     return sorted(set(numbers))
 
 
-def _check_case(config: Config, encoder: str, longest: int) -> None:
+def _check_case(config: Config, encoder: EncoderName, longest: int) -> None:
     before = config.model.encoder, config.data.max_sequence_length
     config.model.encoder, config.data.max_sequence_length = encoder, longest
     check(config)
@@ -103,7 +111,9 @@ def _check_output(folder: str) -> None:
         raise UserError(f"--output: {folder} cannot be written ({error.strerror}); name another folder") from None
 
 
-def _run(config: Config, encoders: List[str], lengths: List[int], sizes: Tuple[int, int, int], output: str) -> int:
+def _run(
+    config: Config, encoders: Sequence[EncoderName], lengths: List[int], sizes: Tuple[int, int, int], output: str
+) -> int:
     from fuxi_torchrec.versions import check_environment
 
     check_environment(config.trainer.device)
@@ -137,7 +147,7 @@ def _run(config: Config, encoders: List[str], lengths: List[int], sizes: Tuple[i
     return 0
 
 
-def _machine(config: Config, world: Any, size: Any) -> Dict[str, Any]:
+def _machine(config: Config, world: "World", size: "BenchSize") -> "BenchMachine":
     """What the numbers were taken on, and the peak that MFU is taken against: stated, known, or measured here."""
     import torch
 
@@ -160,7 +170,7 @@ def _machine(config: Config, world: Any, size: Any) -> Dict[str, Any]:
     }
 
 
-def _product_rate(device: Any) -> float:
+def _product_rate(device: "torch.device") -> float:
     """FLOP/s of the quicker ones of some float32 matrix products."""
     import torch
 

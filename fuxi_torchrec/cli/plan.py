@@ -59,8 +59,8 @@ def _catalogue_size(config: Config, items: Optional[int], events: Optional[float
             raise UserError(f"{name}: {value} must be at least 1")
     if items is None and not config.data.path:
         raise UserError("--items: give the number of items, or a data set with --data.path")
-    identity = read_identity(config.data.path) if config.data.path and items is None else None
-    if events is None:
-        window = config.data.max_sequence_length + 1
-        events = identity.num_events / max(identity.num_users, 1) if identity else window
-    return (identity.num_items if identity else items), events
+    mean = float(config.data.max_sequence_length + 1)
+    if items is None:
+        identity = read_identity(config.data.path)
+        items, mean = identity.num_items, identity.num_events / max(identity.num_users, 1)
+    return items, mean if events is None else events

@@ -5,7 +5,7 @@ K negatives a position.
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, Callable, Dict, List, Optional, Sequence, TypeVar
+from typing import Any, Callable, Dict, List, Optional, Sequence, TypeVar, Union
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from fuxi_torchrec.data.negative_sampler import (
 from fuxi_torchrec.data.splits import Windows
 
 EVENTS, NEGATIVES = "events", "negatives"
-Record = TypeVar("Record", "SequenceBatch", Negatives, InBatchItems)
+Record = TypeVar("Record", bound=Union["SequenceBatch", Negatives, InBatchItems])
 Move = Callable[[Any], Any]
 
 

@@ -112,7 +112,7 @@ def cut_evenly(pieces: Sequence[Piece], ranks: int) -> List[List[Piece]]:
     dealt: List[List[Piece]] = []
     for rank in range(ranks):
         low, high = total * rank // ranks, total * (rank + 1) // ranks
-        first, last = np.searchsorted(ends, low, side="right"), np.searchsorted(ends, high, side="left")
+        first, last = int(np.searchsorted(ends, low, side="right")), int(np.searchsorted(ends, high, side="left"))
         hand = []
         for piece, end in zip(pieces[first : last + 1], ends[first : last + 1].tolist()):
             begin = end - piece.users

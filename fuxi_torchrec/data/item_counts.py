@@ -33,11 +33,20 @@ class CountKey(NamedTuple):
 class Ranks(Protocol):
     """The processes that count together."""
 
-    rank: int
-    size: int
-    device: torch.device
+    @property
+    def rank(self) -> int:
+        """Number of this process."""
 
-    def sum(self, values: Tensor) -> Tensor: ...
+    @property
+    def size(self) -> int:
+        """Number of processes."""
+
+    @property
+    def device(self) -> torch.device:
+        """Device that sums are taken on."""
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Adds up the ranks' values, in place."""
 
 
 def count_training_events(

@@ -4,7 +4,7 @@ Shape suffixes: V items of the catalogue, L light and H heavy ones (below and ab
 """
 
 from functools import cached_property
-from typing import Optional, Tuple, Union
+from typing import Optional, Tuple, Type, Union
 
 import numpy as np
 
@@ -55,7 +55,7 @@ class AliasTable:
         self.alias_V[heavy_H[index_H]] = heavy_H[index_H + 1]
 
     def draw(self, generator: np.random.Generator, size: Union[int, Tuple[int, ...]]) -> np.ndarray:
-        """Independent draws with replacement, in the table's id type."""
+        """Draws items independently, with replacement, in the table's id type."""
         drawn = generator.integers(0, len(self.keep_V), size, dtype=self.alias_V.dtype)
         kept = generator.random(size) < self.keep_V[drawn]
         return np.where(kept, drawn, self.alias_V[drawn])
@@ -85,19 +85,23 @@ class ItemDistribution:
     def _total(self) -> float:
         return float(self._weights().sum())
 
+    def _frequencies(self) -> np.ndarray:
+        assert self.frequency_V is not None
+        return self.frequency_V
+
     def _weights(self) -> np.ndarray:
-        weight_V = self.frequency_V + 1.0
+        weight_V = self._frequencies() + 1.0
         weight_V **= self.alpha
         return weight_V
 
-    def draw(self, generator: np.random.Generator, size: Union[int, Tuple[int, ...]], dtype: type) -> np.ndarray:
-        """Ids drawn independently, with replacement."""
+    def draw(self, generator: np.random.Generator, size: Union[int, Tuple[int, ...]], dtype: Type[np.integer]) -> np.ndarray:
+        """Draws ids independently, with replacement, as `dtype` in the shape `size`."""
         if self.alpha == 0:
             return generator.integers(0, self.num_items, size, dtype=dtype)
         return self._table.draw(generator, size).astype(dtype, copy=False)
 
     def probability(self, ids: np.ndarray) -> np.ndarray:
-        """q of some items, float64, in their shape."""
+        """Computes q of some items, float64, in their shape."""
         if self.alpha == 0:
             return np.full(ids.shape, 1 / self.num_items)
-        return (self.frequency_V[ids] + 1.0) ** self.alpha / self._total
+        return (self._frequencies()[ids] + 1.0) ** self.alpha / self._total

@@ -1,6 +1,7 @@
 """Which of a user's events a split shows and asks for."""
 
 from dataclasses import dataclass
+from typing import Union
 
 import numpy as np
 
@@ -17,7 +18,8 @@ class Windows:
     start_U: np.ndarray
     stop_U: np.ndarray
 
-    def take(self, index: np.ndarray) -> "Windows":
+    def take(self, index: Union[np.ndarray, slice]) -> "Windows":
+        """Picks some users: int64 indices, bool marks or a slice."""
         return Windows(self.user_ids_U[index], self.start_U[index], self.stop_U[index])
 
 

@@ -3,7 +3,7 @@
 Shape suffixes: P rows of all ranks, M the most rows of a rank, W ranks, D width.
 """
 
-from typing import List
+from typing import Any, List, Tuple
 
 import torch
 import torch.distributed as dist
@@ -30,13 +30,13 @@ def gather_values(values: Tensor, counts: List[int]) -> Tensor:
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, counts):
+    def forward(ctx: Any, rows: Tensor, counts: List[int]) -> Tensor:
         ctx.counts = counts
         return _gather(rows, counts)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_PD):
+    def backward(ctx: Any, grad_PD: Tensor) -> Tuple[Tensor, None]:
         most, rank = max(ctx.counts), dist.get_rank()
         padded_WMD = grad_PD.new_zeros(len(ctx.counts), most, grad_PD.shape[1])
         for to, part in zip(padded_WMD, grad_PD.split(ctx.counts)):

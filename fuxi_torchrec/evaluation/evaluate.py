@@ -8,7 +8,8 @@ from typing import Callable, Dict, Iterator, List, NamedTuple, Optional
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from fuxi_torchrec.config import Config
 from fuxi_torchrec.data.batch import EVENTS, SequenceBatch, collate
@@ -42,7 +43,7 @@ class Queries(NamedTuple):
 
 
 def evaluate(
-    model: nn.Module,
+    model: DistributedModelParallel,
     dataset: SequenceDataset,
     config: Config,
     split: str,
@@ -68,7 +69,7 @@ def evaluate(
     return mean_metrics(sums, world, split)
 
 
-def _ranking(model: nn.Module, config: Config, queries: Queries, world: World) -> Ranking:
+def _ranking(model: DistributedModelParallel, config: Config, queries: Queries, world: World) -> Ranking:
     asked = queries.query_BD, queries.target_B, queries.seen
     with torch.inference_mode():
         try:
@@ -80,7 +81,7 @@ def _ranking(model: nn.Module, config: Config, queries: Queries, world: World) -
 
 
 def encoded_queries(
-    model: nn.Module,
+    model: DistributedModelParallel,
     dataset: SequenceDataset,
     config: Config,
     split: str,
@@ -112,7 +113,9 @@ def encoded_queries(
         model.train(was_training)
 
 
-def _in_step(batches: Iterator[SequenceBatch], model: nn.Module, world: World) -> Iterator[Optional[SequenceBatch]]:
+def _in_step(
+    batches: Iterator[SequenceBatch], model: DistributedModelParallel, world: World
+) -> Iterator[Optional[SequenceBatch]]:
     """Ranks look a sharded table up together: one without a batch left takes part with an empty lookup, and yields None,
     until all are done. A replicated table asks for no such thing."""
     if world.size == 1 or not is_sharded(model):
@@ -134,7 +137,7 @@ def _in_step(batches: Iterator[SequenceBatch], model: nn.Module, world: World) -
             yield None
 
 
-def _user_of(error: NonFiniteScore, queries: Queries, model: nn.Module, world: World) -> int:
+def _user_of(error: NonFiniteScore, queries: Queries, model: DistributedModelParallel, world: World) -> int:
     """Whose score it was, on every rank that meets the error: all do where the table is sharded."""
     least = torch.iinfo(torch.int64).min
     user = int(queries.user_ids_B[error.query]) if error.query >= 0 else least

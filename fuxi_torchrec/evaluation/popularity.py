@@ -50,14 +50,14 @@ class CountRanks:
 
     def of(self, target_B: Tensor, seen: Seen) -> Ranking:
         """Ranks among all items but the seen ones; log_prob_Q is of the add-one smoothed counts."""
-        target_B, V = target_B.numpy(), len(self.counts_V)
+        item_B, V = target_B.numpy(), len(self.counts_V)
         query_S, item_S = np.divmod(np.unique(seen.query_S.numpy() * V + seen.item_S.numpy()), V)
-        other = item_S != target_B[query_S]
+        other = item_S != item_B[query_S]
         query_S, count_S = query_S[other], self.counts_V[item_S[other]]
-        count_B = self.counts_V[target_B]
+        count_B = self.counts_V[item_B]
         of_count_B = np.searchsorted(self.count_C, count_B)
         higher_S, equal_S = count_S > count_B[query_S], count_S == count_B[query_S]
-        higher_B = self.higher_C[of_count_B] - np.bincount(query_S[higher_S], minlength=len(target_B))
-        equal_B = self.items_C[of_count_B] - np.bincount(query_S[equal_S], minlength=len(target_B))
+        higher_B = self.higher_C[of_count_B] - np.bincount(query_S[higher_S], minlength=len(item_B))
+        equal_B = self.items_C[of_count_B] - np.bincount(query_S[equal_S], minlength=len(item_B))
         rank_B = 1 + higher_B + (equal_B - 1) / 2  # the target equals itself
         return Ranking(torch.from_numpy(rank_B), self.log_prob_C[of_count_B])

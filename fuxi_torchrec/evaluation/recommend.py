@@ -81,7 +81,8 @@ def history_request(asked: Sequence[str], catalogue: Catalogue, at: int) -> Requ
 def user_requests(dataset: SequenceDataset, users: Sequence[str]) -> List[Request]:
     """Requests of users of the data set, in the order asked for, by the source's user ids, with all their events."""
     ids = _user_ids(dataset, users)
-    wanted, found = np.array(sorted(set(ids.values()))), {}
+    wanted = np.array(sorted(set(ids.values())))
+    found: Dict[int, Tuple[np.ndarray, np.ndarray]] = {}
     for group in dataset.row_groups:
         if len(found) == len(wanted):
             break
@@ -163,7 +164,7 @@ def to_table(requests: Sequence[Request], scores_Bk: np.ndarray, items_Bk: np.nd
     described = catalogue.describe(items_Bk[found])
     return pa.table(
         {
-            "user": pa.array([requests[i].label for i in user_index], pa.string()),
+            "user": pa.array([requests[i].label for i in user_index.tolist()], pa.string()),
             "rank": pa.array(rank + 1, pa.int32()),
             "item_id": described["source_id"],
             "dense_id": described["item_id"],

@@ -4,7 +4,7 @@ import ctypes
 import gc
 import sys
 from contextlib import contextmanager
-from typing import Iterator, Optional
+from typing import Iterable, Iterator, Optional
 
 import torch
 
@@ -76,7 +76,7 @@ def _status(field: str) -> int:
         return _kilobytes(file, field)
 
 
-def _kilobytes(lines, field: str) -> int:
+def _kilobytes(lines: Iterable[str], field: str) -> int:
     (line,) = (line for line in lines if line.startswith(field + ":"))
     return int(line.split()[1]) * 1024
 

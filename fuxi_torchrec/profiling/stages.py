@@ -3,7 +3,7 @@
 import time
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext
-from typing import ContextManager, Dict, Iterator, Optional
+from typing import ContextManager, DefaultDict, Dict, Iterator, Optional
 
 import torch
 
@@ -16,7 +16,8 @@ class StageClock:
     each pays for its own kernels: for benchmarks, not for training."""
 
     def __init__(self, device: torch.device):
-        self.device, self.seconds = device, defaultdict(float)
+        self.device = device
+        self.seconds: DefaultDict[str, float] = defaultdict(float)
 
     @contextmanager
     def timing(self, name: str) -> Iterator[None]:

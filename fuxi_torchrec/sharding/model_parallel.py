@@ -99,17 +99,24 @@ def local_parts(model: DistributedModelParallel) -> List[Tuple[int, int, Tensor]
     values share the table's memory."""
     if not is_sharded(model):
         return [(0, 0, model.module.embeddings.embeddings[TABLE].weight.detach())]
-    shards = _sharded_table(model).local_shards()
-    return [(*shard.metadata.shard_offsets, shard.tensor.detach()) for shard in shards]
+    parts = []
+    for shard in _sharded_table(model).local_shards():
+        row, column = shard.metadata.shard_offsets
+        parts.append((row, column, shard.tensor.detach()))
+    return parts
 
 
 def table_shards(model: DistributedModelParallel) -> Tuple[List[Tuple[int, int, int, int]], Tuple[int, int]]:
     """Returns a sharded table's parts as (rank, first column, rows, columns), and its size (rows, columns)."""
     metadata = _sharded_table(model).metadata()
-    shards = [
-        (shard.placement.rank(), shard.shard_offsets[1], *shard.shard_sizes) for shard in metadata.shards_metadata
-    ]
-    return shards, tuple(metadata.size)
+    shards = []
+    for shard in metadata.shards_metadata:
+        rank = shard.placement.rank() if shard.placement is not None else None
+        assert rank is not None  # a plan gives every part a rank
+        rows, columns = shard.shard_sizes
+        shards.append((rank, shard.shard_offsets[1], rows, columns))
+    rows, columns = metadata.size
+    return shards, (rows, columns)
 
 
 def _sharded_table(model: DistributedModelParallel) -> ShardedTensor:

@@ -7,7 +7,7 @@ ids an average user brings. Nothing here needs a process group, so a cluster tha
 import logging
 import os
 from dataclasses import dataclass
-from typing import List, Optional, Tuple
+from typing import Dict, List, Optional, Tuple, Union
 
 import torch
 from torch import nn
@@ -96,7 +96,7 @@ def choose(config: Config, machine: Machine, num_items: int, events: float) -> T
 
 def apply_table_optimizer(embeddings: nn.Module, choice: TableChoice, config: Config) -> None:
     """Marks the (unsharded) table, so that its shards are updated inside backward. Changes no value."""
-    settings = {"lr": choice.learning_rate, "eps": 1e-8}
+    settings: Dict[str, Union[float, Tuple[float, ...]]] = {"lr": choice.learning_rate, "eps": 1e-8}
     if choice.optimizer == "adam":
         settings["betas"] = tuple(config.optimizer.betas)
     apply_optimizer_in_backward(OPTIMIZERS[choice.optimizer], embeddings.parameters(), settings, register_hook=False)

@@ -6,14 +6,15 @@ Memory is bytes a rank; traffic is bytes a rank sends and receives in a step, id
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import Any, Dict, List, Tuple
+from typing import Dict, List, Tuple
 
+import torch
 from rich.table import Table
 from torchrec.distributed.types import ShardingPlan
 
 from fuxi_torchrec.config import Config
 from fuxi_torchrec.errors import UserError
-from fuxi_torchrec.model.recommender import build_model
+from fuxi_torchrec.model.recommender import SequenceRecommender, build_model
 from fuxi_torchrec.run.reporting import print_table
 from fuxi_torchrec.sharding import memory_estimate, planner
 from fuxi_torchrec.sharding.memory_estimate import FLOAT_BYTES, ID_BYTES
@@ -81,8 +82,9 @@ def parse_size(text: str, key: str) -> int:
 def report(config: Config, machine: Machine, items: int, events: float) -> Report:
     """Plans the run of a config on a machine, for a catalogue of `items` and users of `events` mean events."""
     choice = planner.choose(config, machine, items, events)
-    model = build_model(config, items, 1.0, "cpu", on_meta=True)
-    shards, reason, planner_ms = [], "", 0.0
+    model = build_model(config, items, 1.0, torch.device("cpu"), on_meta=True)
+    shards: List[Shard]
+    reason, planner_ms = "", 0.0
     if choice.is_sharded:
         planner.apply_table_optimizer(model.embeddings, choice, config)
         plan, planner_ms, reason = _plan(model, config, choice, machine, items, events)
@@ -97,7 +99,7 @@ def report(config: Config, machine: Machine, items: int, events: float) -> Repor
 
 
 def _plan(
-    model: Any, config: Config, choice: TableChoice, machine: Machine, items: int, events: float
+    model: SequenceRecommender, config: Config, choice: TableChoice, machine: Machine, items: int, events: float
 ) -> Tuple[ShardingPlan, float, str]:
     """The plan, TorchRec's estimate of its time, and why it doesn't fit (then it is the plan for ranks of as much memory
     as it takes)."""

@@ -9,6 +9,7 @@ from itertools import product
 from typing import List, Tuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.optimize import least_squares, nnls
 
 HUBER_DELTA = 1e-3
@@ -28,7 +29,7 @@ class Law:
     B: float
     beta: float
 
-    def loss(self, N: np.ndarray, D: np.ndarray) -> np.ndarray:
+    def loss(self, N: ArrayLike, D: ArrayLike) -> np.ndarray:
         """Predicts the cross-entropy (nats) of N parameters trained on D tokens; the arrays broadcast."""
         return self.E + self.A * np.power(N, -self.alpha, dtype=float) + self.B * np.power(D, -self.beta, dtype=float)
 

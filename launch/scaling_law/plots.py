@@ -1,7 +1,8 @@
 """The plots of the scaling-law report: one PNG each, and the same to TensorBoard."""
 
 import os
-from typing import TYPE_CHECKING, Any, Callable, Dict, List
+from functools import partial
+from typing import TYPE_CHECKING, Callable, Dict, List
 
 import matplotlib
 
@@ -10,6 +11,9 @@ import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
     from launch.scaling_law.study import Study
 
 SIZE = (11, 4.4)  # inches
@@ -20,7 +24,7 @@ def draw_all(studies: List["Study"], folder: str) -> Dict[str, str]:
     """Draws the plots into `folder`; returns {title: file name}."""
     plots: Dict[str, str] = {}
     for study in studies:
-        plots[f"Loss and fit, {study.label}"] = _save(folder, f"loss-{study.slug}.png", lambda s=study: _losses(s))
+        plots[f"Loss and fit, {study.label}"] = _save(folder, f"loss-{study.slug}.png", partial(_losses, study))
     plots["Loss against compute"] = _save(folder, "compute.png", lambda: _compute(studies))
     if any(np.isfinite(study.ndcg).any() for study in studies):
         plots["NDCG@10 against compute"] = _save(folder, "ndcg.png", lambda: _ndcg(studies))
@@ -39,14 +43,14 @@ def to_tensorboard(plots: Dict[str, str], folder: str, report: str) -> None:
                 writer.add_image(title, np.asarray(image.convert("RGB")), dataformats="HWC")
 
 
-def _save(folder: str, name: str, draw: Callable[[], Any]) -> str:
+def _save(folder: str, name: str, draw: Callable[[], "Figure"]) -> str:
     figure = draw()
     figure.savefig(os.path.join(folder, name), dpi=130, bbox_inches="tight")
     plt.close(figure)
     return name
 
 
-def _losses(study: "Study") -> Any:
+def _losses(study: "Study") -> "Figure":
     """Two panels: loss against N, a line for each D; and against D, a line for each N. Lines are the fit."""
     figure, axes = plt.subplots(1, 2, figsize=SIZE, sharey=True)
     law, N, D, L = study.fit.law, study.N, study.D, study.L
@@ -64,7 +68,15 @@ def _losses(study: "Study") -> Any:
     return figure
 
 
-def _panel(axis: Any, x: np.ndarray, other: np.ndarray, L: np.ndarray, loss: Callable, label: str, legend: str) -> None:
+def _panel(
+    axis: "Axes",
+    x: np.ndarray,
+    other: np.ndarray,
+    L: np.ndarray,
+    loss: Callable[[np.ndarray, float], np.ndarray],
+    label: str,
+    legend: str,
+) -> None:
     values = _distinct(other)
     colours = plt.get_cmap("viridis")(np.linspace(0.0, 0.85, len(values)))
     grid = np.geomspace(x.min() / 1.2, x.max() * 1.2, 100)
@@ -80,7 +92,7 @@ def _panel(axis: Any, x: np.ndarray, other: np.ndarray, L: np.ndarray, loss: Cal
     axis.grid(alpha=0.3)
 
 
-def _compute(studies: List["Study"]) -> Any:
+def _compute(studies: List["Study"]) -> "Figure":
     figure, axis = plt.subplots(figsize=(7.5, 5))
     for number, study in enumerate(studies):
         colour = f"C{number}"
@@ -100,7 +112,7 @@ def _compute(studies: List["Study"]) -> Any:
     return figure
 
 
-def _ndcg(studies: List["Study"]) -> Any:
+def _ndcg(studies: List["Study"]) -> "Figure":
     figure, axis = plt.subplots(figsize=(7.5, 5))
     for number, study in enumerate(studies):
         axis.plot(study.flops, study.ndcg, "o", color=f"C{number}", markersize=4, label=study.label)
@@ -113,7 +125,7 @@ def _ndcg(studies: List["Study"]) -> Any:
     return figure
 
 
-def _log_compute(axis: Any, label: str) -> None:
+def _log_compute(axis: "Axes", label: str) -> None:
     axis.set_xscale("log")
     axis.set_xlabel("training FLOPs")
     axis.set_ylabel(label)

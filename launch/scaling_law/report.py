@@ -1,6 +1,6 @@
 """The page of `python -m launch.scaling_law`: laws, frontier, predictions, encoders at equal FLOPs, points."""
 
-from typing import TYPE_CHECKING, Any, Dict, List
+from typing import TYPE_CHECKING, Dict, List
 
 import numpy as np
 
@@ -116,5 +116,5 @@ def _run_cell(study: "Study", run: int) -> str:
     return f"{study.L[run]:.4f}{ndcg}, {short(study.N[run])}, {short(study.D[run])}"
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     return "" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)

@@ -75,7 +75,7 @@ class Study:
 
     def best_within(self, flops: float) -> int:
         """Finds the run of the lowest loss among those that cost at most so much; its place in `rows`."""
-        return min(np.flatnonzero(self.flops <= flops), key=lambda run: self.L[run])
+        return min((int(run) for run in np.flatnonzero(self.flops <= flops)), key=lambda run: self.L[run])
 
     def _column(self, name: str) -> np.ndarray:
         return np.array([float("nan") if row.get(name) is None else row[name] for row in self.rows], dtype=float)

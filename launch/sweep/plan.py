@@ -128,8 +128,8 @@ def _combinations(path: str, values: Dict[str, Any]) -> Iterator[Dict[str, Any]]
         for key, choice in zip(grid, choices):
             if not choice:
                 raise UserError(f"{path}: grid: {key} has no value; give it one, or leave it out")
-        for choice in itertools.product(*choices):
-            yield dict(zip(grid, choice))
+        for combination in itertools.product(*choices):
+            yield dict(zip(grid, combination))
 
 
 def _varying(combinations: List[Dict[str, Any]]) -> List[str]:
