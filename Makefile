@@ -22,7 +22,7 @@ INSTALLED := $(VENV)/.installed-$(DEVICE)
 OTHER_FBGEMM := $(if $(filter cuda,$(DEVICE)),fbgemm-gpu-cpu,fbgemm-gpu)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help install smoke test sanitize narrow slurm lint docs clean
+.PHONY: help install smoke test quick sanitize narrow slurm lint types docs clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -35,6 +35,9 @@ smoke: $(INSTALLED)  ## train, evaluate and recommend on generated MovieLens-lik
 
 test: $(INSTALLED)  ## the tests
 	$(BIN)/python -m pytest -q --durations=10 $(PYTEST_ARGS)
+
+quick: lint types  ## between edits: lint, contracts, types and the fast tests
+	$(BIN)/python -m pytest -q -m "not thorough and not slow and not slurm" $(PYTEST_ARGS)
 
 # The sanitizers' libraries come before everything that the process loads; what Python never gives back is no leak of ours.
 SANITIZED = LD_PRELOAD="$$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libubsan.so)" \
@@ -59,13 +62,17 @@ lint: $(INSTALLED)  ## ruff, and the contract of who may import whom (pyproject.
 	$(BIN)/ruff check .
 	PYTHONPATH=. $(BIN)/lint-imports --no-logo
 
+types: $(INSTALLED)  ## mypy over the library, the data pipelines and the launcher
+	$(BIN)/mypy
+
 docs: $(DOCS_VENV)/.installed  ## the documentation as a site with search, into site/ (in an environment of its own)
 	@$(DOCS_VENV)/bin/python docs/assemble.py build/docs
 	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
 	@echo "The site is in site/; read it with: python3 -m http.server --directory site"
 
 clean:  ## remove the virtual environment and caches (also what to do before another PYTHON is used)
-	rm -rf $(if $(wildcard $(VENV)/pyvenv.cfg),$(VENV)) $(DOCS_VENV) build site *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(if $(wildcard $(VENV)/pyvenv.cfg),$(VENV)) $(DOCS_VENV) build site *.egg-info .pytest_cache .ruff_cache \
+		.mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last, so an interrupted installation is taken up again. A new top-level package needs its place in

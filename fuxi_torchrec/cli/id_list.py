@@ -14,6 +14,7 @@ def split_ids(text: str) -> List[str]:
     ids, at = [], 0
     while at <= len(text):
         field = _FIELD.match(text, at)
+        assert field is not None  # a field may be empty
         quoted, rest, plain = field.groups()
         ids.append(plain.strip() if quoted is None else quoted.replace('""', '"') + rest.rstrip())
         at = field.end() + 1

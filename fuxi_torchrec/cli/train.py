@@ -3,11 +3,17 @@
 import os
 import sys
 from contextlib import ExitStack
-from typing import Any, List
+from typing import TYPE_CHECKING, List, Tuple
 
 from fuxi_torchrec.cli.options import add_verify_option
 from fuxi_torchrec.cli.output import _print_splits
 from fuxi_torchrec.errors import UserError
+
+if TYPE_CHECKING:
+    from fuxi_torchrec.config import Config
+    from fuxi_torchrec.data.dataset import SequenceDataset
+    from fuxi_torchrec.distributed.world import World
+    from fuxi_torchrec.run.folder import RunFolder
 
 LESS_MEMORY = (
     "lower data.batch_size, data.max_sequence_length, loss.num_negatives, loss.chunk_logits or the model's sizes, or set "
@@ -44,7 +50,7 @@ def _train(arguments: List[str]) -> int:
     return _run_training(config, output, namespace.resume, namespace.profile, namespace.verify)
 
 
-def _run_training(config: Any, output: str, resume: bool, profile: bool, verify: bool) -> int:
+def _run_training(config: "Config", output: str, resume: bool, profile: bool, verify: bool) -> int:
     from fuxi_torchrec.config.parsing import make_paths_absolute
     from fuxi_torchrec.config.rules import check_table
     from fuxi_torchrec.data.format import read_identity
@@ -63,10 +69,10 @@ def _run_training(config: Any, output: str, resume: bool, profile: bool, verify:
     check_table(config, device_type(trainer.device))
     if trainer.compile:
         check_compiler(device_type(trainer.device))
-    return record(_train_together)(config, output, resume, profile, verify)
+    return record(_train_together)(config, output, resume, profile, verify) or 0
 
 
-def _train_together(config: Any, output: str, resume: bool, profile: bool, verify: bool) -> int:
+def _train_together(config: "Config", output: str, resume: bool, profile: bool, verify: bool) -> int:
     """Trains among all processes; whatever escapes is recorded in the run's outcome, and for torchrun by `record`."""
     from fuxi_torchrec.data.dataset import SequenceDataset, check_enough_data
     from fuxi_torchrec.data.splits import check_splits
@@ -109,7 +115,9 @@ def _train_together(config: Any, output: str, resume: bool, profile: bool, verif
     return 0
 
 
-def _start_run(output: str, config: Any, dataset: Any, resume: bool, world: Any, owned: ExitStack) -> Any:
+def _start_run(
+    output: str, config: "Config", dataset: "SequenceDataset", resume: bool, world: "World", owned: ExitStack
+) -> "Tuple[RunFolder, bool]":
     """The run's folder, which rank 0 makes and owns until `owned` is closed, and whether the run is resumed."""
     from fuxi_torchrec.run.folder import RunFolder
 

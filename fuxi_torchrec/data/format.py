@@ -100,7 +100,7 @@ def _check_keys(path: str, values: Dict[str, Any], minor: Any) -> None:
     fields = {f.name: f for f in dataclasses.fields(DatasetIdentity)}
     for name, key in fields.items():
         required = key.default is dataclasses.MISSING and key.default_factory is dataclasses.MISSING
-        kinds = (float, int) if key.type is float else typing.get_origin(key.type) or key.type
+        kinds: Any = (float, int) if key.type is float else typing.get_origin(key.type) or key.type
         if name not in values:
             if required:
                 raise UserError(f"{path}: {name} is missing; prepare the data set again")

@@ -185,8 +185,10 @@ class Sweep:
         if self.news:
             write_results(self.folder, self.rows())
         over = len(self._with(*OVER))
-        for news in self.news or [None]:
-            show(f"[{over}/{len(self.jobs)}] {news}" if news else None)
+        for news in self.news:
+            show(f"[{over}/{len(self.jobs)}] {news}")
+        if not self.news:
+            show(None)
         self.news.clear()
 
     def _read_jobs(self) -> Dict[str, Any]:
