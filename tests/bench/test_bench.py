@@ -15,6 +15,8 @@ from fuxi_torchrec.profiling.memory import PeakMemory
 from fuxi_torchrec.profiling.stages import STAGES
 from tests.helpers.command_line import mistake
 
+pytestmark = pytest.mark.thorough
+
 SMALL = ("--tokens", "200", "--steps", "2", "--model.embedding_dim", "8", "--model.value_dim", "8", "--device", "cpu")
 
 

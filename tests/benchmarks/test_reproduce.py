@@ -20,6 +20,8 @@ from fuxi_torchrec.ops.jagged import JaggedLayout
 from tests.helpers.command_line import ROOT
 from tests.helpers.training_runs import killed_before_its_first_save
 
+pytestmark = pytest.mark.thorough
+
 SMALL = {
     "data": {"max_sequence_length": 10, "batch_size": 64},
     "model": {"embedding_dim": 8, "value_dim": 8, "num_blocks": 1},

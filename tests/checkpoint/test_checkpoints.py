@@ -15,6 +15,8 @@ from fuxi_torchrec.evaluation.load_model import open_model
 from fuxi_torchrec.run.folder import RunFolder
 from tests.helpers.training_runs import losses, stop_after, tiny, train
 
+pytestmark = pytest.mark.thorough
+
 
 def test_a_checkpoint_of_another_model_is_refused_by_the_key_that_differs(small_dataset, tmp_path):
     config = tiny(small_dataset, max_epochs=1)

@@ -16,6 +16,8 @@ from fuxi_torchrec.evaluation.load_model import open_model
 from fuxi_torchrec.run.folder import RunFolder
 from tests.helpers.training_runs import tiny, train
 
+pytestmark = pytest.mark.thorough
+
 
 class Call:
     """An object whose unpickling calls function(*arguments)."""

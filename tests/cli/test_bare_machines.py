@@ -14,6 +14,8 @@ from fuxi_torchrec.run.folder import RunFolder
 from fuxi_torchrec.run.reporting import print_table
 from tests.helpers.command_line import ROOT, SMOKE, mistake
 
+pytestmark = pytest.mark.thorough
+
 SMALL = ("--data.max_sequence_length", "20", "--trainer.max_epochs", "1", "--trainer.device", "cpu")
 NOBODY = """
 import pwd, sys

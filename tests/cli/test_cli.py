@@ -13,6 +13,8 @@ import pytest
 from fuxi_torchrec.cli.main import main
 from tests.helpers.command_line import SMOKE, fuxi, mistake
 
+pytestmark = pytest.mark.thorough
+
 SMALL = ("--data.max_sequence_length", "20", "--trainer.max_epochs", "2", "--trainer.device", "cpu")
 
 

@@ -14,6 +14,8 @@ from fuxi_torchrec.cli.research_checkpoint import TABLE_NAME
 from tests.helpers.command_line import mistake
 from tests.helpers.golden import FILES, load
 
+pytestmark = pytest.mark.thorough
+
 BUFFER = "module._hstu._attn_mask"
 
 

@@ -9,6 +9,8 @@ import pytest
 from fuxi_torchrec.cli.streams import READER_GONE, run_on_streams
 from tests.helpers.command_line import ROOT
 
+pytestmark = pytest.mark.thorough
+
 IMPORT = "from fuxi_torchrec.cli.streams import run_on_streams\n"
 
 

@@ -253,6 +253,7 @@ SAMPLERS = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_with_logq_partition_function_and_its_gradient_are_unbiased_with_a_dozen_negatives(name):
     """exp(loss) = Ẑ / e^{s⁺}, and exp(loss) · gradient is its gradient: sums over draws, so that their means are the full
@@ -270,6 +271,7 @@ def test_with_logq_partition_function_and_its_gradient_are_unbiased_with_a_dozen
     assert ((weighted.mean(0) - exact).abs() <= 4.5 * error + 1e-3 * exact.abs()).all()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_with_logq_the_expected_gradient_is_the_full_softmaxs(name):
     """The gradient of log Ẑ divides by Ẑ, which leaves a bias of about 1 / negatives (3 to 18 % with 16, measured); with

@@ -9,6 +9,8 @@ from data_pipelines import cli
 from fuxi_torchrec.data.format import read_identity
 from tests.helpers.pipeline_cases import layout_files, users_of, write_zip
 
+pytestmark = pytest.mark.thorough
+
 
 def prepare(*words):
     assert cli.main([str(word) for word in words]) == 0

@@ -13,9 +13,11 @@ from fuxi_torchrec.run.outcome import read_outcome
 from tests.conftest import write_events
 from tests.helpers.launches import Launch, Ranks
 
+pytestmark = pytest.mark.thorough
+
 RANK_1 = "if os.environ['RANK'] == '1': "
 CANNOT_READ = f"""
-from fuxi_torchrec.dataset import SequenceDataset
+from fuxi_torchrec.data.dataset import SequenceDataset
 read = SequenceDataset.read
 def fail(self, group, **more):
     {RANK_1}group = type(group)('/nowhere/part.parquet', 0, 1)

@@ -12,6 +12,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from tests.helpers.launches import Launch, Ranks
 
+pytestmark = pytest.mark.thorough
+
 # The loaded model is the one of $SAVED.
 COMPARED = """
 import torch

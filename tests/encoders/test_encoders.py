@@ -346,6 +346,7 @@ def test_initial_parameters_follow_the_model_page():
     assert 0.4 <= block.mixers["temporal"].b.item() <= 0.8
 
 
+@pytest.mark.thorough
 def test_towers_need_torch_alone():
     code = "import sys, fuxi_torchrec.encoders, fuxi_torchrec.ops.ranking; print({'torchrec', 'fbgemm_gpu'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"

@@ -5,6 +5,8 @@ from torchx.schedulers import slurm_scheduler
 
 from tests.helpers.dryrun import documented, dryrun, normalised, shown
 
+pytestmark = pytest.mark.thorough
+
 
 @pytest.mark.parametrize("scheduler, heading", [("slurm", "16 nodes on Slurm"), ("kubernetes", "16 nodes on Kubernetes")])
 def test_the_request_that_is_shown_is_the_one_that_is_submitted(here, capsys, monkeypatch, scheduler, heading):

@@ -8,9 +8,13 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.helpers.dryrun import ROOT
 from tests.helpers.launches import SMALL
 from tests.helpers.training_runs import killed_before_its_first_save
+
+pytestmark = pytest.mark.thorough
 
 MARK = b"FUXI_TEST_OF_CTRL_C=1"
 

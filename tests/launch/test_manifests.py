@@ -12,6 +12,8 @@ import yaml
 
 from tests.helpers.dryrun import ROOT, documented, dryrun
 
+pytestmark = pytest.mark.thorough
+
 KUBERNETES = "1.34"
 NAME = {"type": "string", "maxLength": 63, "pattern": "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"}
 COUNT = {"type": "integer", "minimum": 0}

@@ -61,6 +61,7 @@ def test_a_few_outliers_hardly_move_the_law():
     assert fit(N, D, L, resamples=1).law.E == pytest.approx(TRUE.E, abs=0.15)
 
 
+@pytest.mark.thorough
 def test_intervals_cover_the_truth_about_as_often_as_they_say():
     """90 % intervals over 24 tables: from 16 up is what chance leaves of 24 at 90 % minus some for resampling so few."""
     covered = dict.fromkeys(("E", "alpha", "beta"), 0)
@@ -83,6 +84,7 @@ def test_the_frontier_is_where_no_other_size_is_better():
     assert growth == pytest.approx(TRUE.beta / (TRUE.alpha + TRUE.beta), rel=0.02)
 
 
+@pytest.mark.thorough
 def test_a_table_becomes_a_report_with_plots(tmp_path, capsys):
     """Two catalogues, two laws; the CSV of the same table gives the same."""
     random = np.random.default_rng(3)
@@ -102,6 +104,7 @@ def test_a_table_becomes_a_report_with_plots(tmp_path, capsys):
     assert json.loads((tmp_path / "again" / "fits.json").read_text()) == fits
 
 
+@pytest.mark.thorough
 def test_encoders_are_compared_at_equal_flops(tmp_path):
     """At each budget the best run within it, of each encoder, wherever both have one."""
     table = []
@@ -121,6 +124,7 @@ def test_encoders_are_compared_at_equal_flops(tmp_path):
     assert float(lines[1][0]) == pytest.approx(min(r["flops"] for r in table if r["model.encoder"] == "poor"), rel=0.01)
 
 
+@pytest.mark.thorough
 def test_a_tiny_sweep_end_to_end(tmp_path):
     """Three sizes, three lengths of training; the runs are trained here, and the sweep takes them as finished."""
     data = str(tmp_path / "data")

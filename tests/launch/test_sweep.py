@@ -27,6 +27,8 @@ from tests.helpers.command_line import ROOT, SMOKE
 from tests.helpers.sweeps import SMALL, write_sweep
 from tests.helpers.training_runs import killed_before_its_first_save
 
+pytestmark = pytest.mark.thorough
+
 SWEEPS = {"scaling-law": 36, "scaling-law-floor": 20, "encoders": 36, "ml-1m-tuning": 9}
 
 

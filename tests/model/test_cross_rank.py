@@ -19,6 +19,8 @@ from fuxi_torchrec.distributed.world import World
 from fuxi_torchrec.model.recommender import build_model
 from fuxi_torchrec.sharding.memory_estimate import candidate_traffic_bytes
 
+pytestmark = pytest.mark.thorough
+
 V, STEP = 40, 7
 FREQUENCY_V = np.random.default_rng(0).zipf(1.5, V).clip(max=100)
 LENGTHS = [5, 3, 9, 4, 6, 2, 7]

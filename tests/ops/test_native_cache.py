@@ -13,6 +13,8 @@ import pytest
 from fuxi_torchrec.ops.native import cache
 from fuxi_torchrec.ops.native import library as native
 
+pytestmark = pytest.mark.thorough
+
 needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C compiler here")
 
 

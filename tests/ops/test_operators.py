@@ -28,6 +28,7 @@ def inputs():
     return values_THd, layout, [times_T[:-1], times_T[1:]], [p.requires_grad_() for p in params]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("in_c", [False, C_KERNELS])
 @pytest.mark.parametrize("linear_from", [None, 4])
 def test_torchs_checks_of_the_mixer(linear_from, in_c):
@@ -40,6 +41,7 @@ def test_torchs_checks_of_the_mixer(linear_from, in_c):
     torch.library.opcheck(mix_backward_op, (grad_THCd, values_THd.detach(), *lists, plain, *settings))
 
 
+@pytest.mark.thorough
 @needs_compiler
 def test_torchs_checks_of_the_mixer_in_c():
     values_THd, layout, times, params = inputs()

@@ -13,6 +13,8 @@ from fuxi_torchrec.ops.token_mixing.dispatch import mix_tokens
 from tests.helpers import triton_jobs as jobs
 from tests.helpers.closeness import assert_sums_close, rounding
 
+pytestmark = pytest.mark.thorough
+
 JAGGED = [0, 1, 5, 38, 16, 0, 33, 33]
 LENGTHS = {"jagged": JAGGED, "one token": [1], "several tiles": [70]}
 CHANNELS = [

@@ -22,6 +22,8 @@ from fuxi_torchrec.run.folder import RunFolder
 from fuxi_torchrec.training.build import build_trainer
 from tests.helpers.training_runs import losses, tiny, train
 
+pytestmark = pytest.mark.thorough
+
 
 def lines(output):
     return [line for line in RunFolder(str(output)).metrics() if "loss" in line]

@@ -11,6 +11,8 @@ from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.run.folder import RunFolder
 from tests.helpers.training_runs import losses, stop_after, tiny, train
 
+pytestmark = pytest.mark.thorough
+
 
 class Killed(Exception):
     pass

@@ -11,6 +11,8 @@ from fuxi_torchrec.run import tensorboard
 from fuxi_torchrec.run.folder import RunFolder
 from tests.helpers.training_runs import tiny, train
 
+pytestmark = pytest.mark.thorough
+
 
 def full(path, mode="rb", *more, **options):
     return builtins.open("/dev/full" if "r" not in mode else path, "wb" if "r" not in mode else mode)

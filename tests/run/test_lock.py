@@ -16,6 +16,8 @@ from fuxi_torchrec.run import lock as locks
 from fuxi_torchrec.run.lock import Lock
 from fuxi_torchrec.run.owner import this_process
 
+pytestmark = pytest.mark.thorough
+
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):

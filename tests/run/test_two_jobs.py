@@ -4,8 +4,12 @@ import json
 import os
 import signal
 
+import pytest
+
 from tests.helpers.launches import Launch
 from tests.helpers.training_runs import losses
+
+pytestmark = pytest.mark.thorough
 
 IMPATIENT = "from fuxi_torchrec.run import lock\nlock.PATIENCE = 0.5\n"
 STUCK = """

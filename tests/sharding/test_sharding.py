@@ -17,6 +17,8 @@ from tests.helpers import sharding_jobs as jobs
 from tests.helpers.sharding_jobs import tiny
 from tests.helpers.workers import worker_processes
 
+pytestmark = pytest.mark.thorough
+
 STEPS = 50
 
 

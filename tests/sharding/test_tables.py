@@ -16,6 +16,8 @@ from fuxi_torchrec.sharding.report import report
 from fuxi_torchrec.sharding.table_choice import choose_table
 from tests.helpers.command_line import SMOKE
 
+pytestmark = pytest.mark.thorough
+
 
 @pytest.mark.parametrize(
     "keys, words",

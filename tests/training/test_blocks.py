@@ -17,6 +17,8 @@ from fuxi_torchrec.training import compile as compiling
 from tests.helpers.command_line import SMOKE, mistake
 from tests.helpers.training_runs import losses, tiny, train
 
+pytestmark = pytest.mark.thorough
+
 D = 12
 
 

@@ -10,6 +10,8 @@ from fuxi_torchrec.distributed.failures import Interrupted
 from fuxi_torchrec.training import trainer
 from tests.helpers.training_runs import losses, tiny, train
 
+pytestmark = pytest.mark.thorough
+
 MOMENTS = {
     "the first step": (trainer, "step_seed"),
     "an evaluation": (trainer, "evaluate"),

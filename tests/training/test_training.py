@@ -17,6 +17,8 @@ from fuxi_torchrec.training.schedule import learning_rate
 from fuxi_torchrec.training.trainer import Interrupted
 from tests.helpers.training_runs import losses, stop_after, tiny, train
 
+pytestmark = pytest.mark.thorough
+
 
 @pytest.mark.parametrize("encoder", ["fuxi_beta", "fuxi_alpha", "hstu", "sasrec"])
 def test_every_encoder_trains_from_a_config_and_repeats_exactly(small_dataset, tmp_path, encoder):
