@@ -5,7 +5,7 @@ AGAINST_DIVERGENCE = "try a lower optimizer.learning_rate, optimizer.weight_deca
 
 
 class UserError(Exception):
-    """Wrong input at the edge: a file, row or key that does not hold what it must.
+    """Raised for wrong input at the edge: a file, row or key that does not hold what it must.
 
     The message is one line: where (file, row, key), what was wrong, what to do. The command line prints it without a
     traceback and exits with code 2. Anything else that escapes is a defect of this project and keeps its traceback.
@@ -20,12 +20,12 @@ class UserError(Exception):
 
 
 class LostProcess(Exception):
-    """Another process of the run died or hangs; the exit code is 1. `told` as in UserError."""
+    """Raised where another process of the run died or hangs; the exit code is 1. `told` as in UserError."""
 
     told = False
 
 
 class FolderInUse(UserError):
-    """Another process writes to the same folder. Nothing was done, and the same command may work later."""
+    """Raised where another process writes to the same folder. Nothing was done, and the same command may work later."""
 
     code = 75  # EX_TEMPFAIL of sysexits.h

@@ -78,7 +78,8 @@ class Checkpoints:
         self._error: Optional[Exception] = None
 
     def refuse_others(self) -> None:
-        """Raises UserError where another run keeps its checkpoints here: a new run would remove them."""
+        """Checks that no other run keeps its checkpoints here: a new run would remove them. Raises UserError where
+        one does."""
         found = self._agreed(storage.folders, self.folder)
         if found:
             raise UserError(f"{self.folder}: checkpoints of a run are already here; go on by --resume, or name another")
@@ -104,7 +105,7 @@ class Checkpoints:
         self._thread.start()
 
     def wait(self) -> None:
-        """Until the checkpoint that is being written is complete. Raises UserError where it could not be."""
+        """Waits until the checkpoint that is being written is complete. Raises UserError where it could not be."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None

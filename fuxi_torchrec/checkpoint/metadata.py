@@ -29,7 +29,7 @@ KNOWN = {
 
 
 class UnknownClass(ValueError):
-    """A pickle asks for something that no checkpoint holds."""
+    """Raised where a pickle asks for something that no checkpoint holds."""
 
 
 class _MetadataUnpickler(pickle.Unpickler):

@@ -29,7 +29,7 @@ LARGE = 1 << 20
 
 
 class Damaged(ValueError):
-    """A file of a checkpoint is not what was written."""
+    """Raised where a file of a checkpoint is not what was written."""
 
 
 class _Memory:
@@ -105,6 +105,7 @@ class Reader(FileSystemReader):
             return Metadata({})
 
     def set_up_storage_reader(self, metadata: Metadata, *args: Any, **kwargs: Any) -> None:
+        """Raises what `read_metadata` has found wrong."""
         if self._problem is not None:
             raise self._problem
         super().set_up_storage_reader(metadata, *args, **kwargs)
@@ -120,6 +121,7 @@ class Reader(FileSystemReader):
         return plan
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> "Future[None]":
+        """Reads the plan's items into the tensors that they belong to, checking each block on the way."""
         for name, requests in self._by_file(plan).items():
             with self.fs.create_stream(self.fs.concat_path(self.path, name), "rb") as stream:
                 self._read_items(stream, name, requests, planner)
@@ -129,6 +131,7 @@ class Reader(FileSystemReader):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        """Accepts every path: iopath knows which it can read."""
         return True
 
     def _whole(self, name: str) -> memoryview:

@@ -173,7 +173,7 @@ def load_reference_params(encoder: SequenceEncoder, item_table_VD: Tensor, param
 def export_reference_params(
     encoder: SequenceEncoder, item_table_VD: Tensor, base: Optional[Mapping[str, np.ndarray]] = None
 ) -> Dict[str, np.ndarray]:
-    """The research code's parameters (float32) of an encoder and an item table.
+    """Returns the research code's parameters (float32) of an encoder and an item table.
 
     `base` gives the entries that no computation reads (the padding item, Toeplitz weights of the future); zero without.
     """
@@ -182,7 +182,7 @@ def export_reference_params(
 
 
 def export_reference_grads(encoder: SequenceEncoder, item_table_VD: Tensor) -> Dict[str, np.ndarray]:
-    """The gradients under the research code's names and in its full shapes; zero where there is none."""
+    """Returns the gradients under the research code's names and in its full shapes; zero where there is none."""
 
     def grad(parameter: Tensor) -> Tensor:
         return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -191,7 +191,7 @@ def export_reference_grads(encoder: SequenceEncoder, item_table_VD: Tensor) -> D
 
 
 def model_config_from_reference(config: Mapping[str, Any]) -> ModelConfig:
-    """The hyperparameters of a golden file's `config` as a ModelConfig.
+    """Translates the hyperparameters of a golden file's `config` into a ModelConfig.
 
     Raises:
         UserError: a key is missing or the model unknown.
@@ -229,7 +229,7 @@ class ReferenceModel(nn.Module):
         self.eval()
 
     def forward(self, item_ids: Any, timestamps: Any, next_timestamps: Any, lengths: Any) -> Tensor:
-        """L2-normalised outputs [T, D].
+        """Encodes a jagged batch; L2-normalised outputs [T, D].
 
         Args:
             item_ids: [T] 1-based ids of the jagged events, users one after another.
@@ -248,7 +248,8 @@ class ReferenceModel(nn.Module):
         return l2_normalize(outputs_TD, self.l2_eps)
 
     def loss(self, outputs_TD: Tensor, target_ids: Any, negative_ids: Any) -> Tensor:
-        """Mean sampled softmax of [T] targets against [T, K] negatives; a negative equal to its target is masked."""
+        """Computes the mean sampled softmax of [T] targets against [T, K] negatives; a negative equal to its target
+        is masked."""
         targets_T, negatives_TK = (torch.as_tensor(x).to(torch.int64) for x in (target_ids, negative_ids))
         positives_TD = l2_normalize(self._items(targets_T), self.l2_eps)
         negatives_TKD = l2_normalize(self._items(negatives_TK), self.l2_eps)
@@ -264,7 +265,7 @@ class ReferenceModel(nn.Module):
 
 
 def encoder_from_reference(config: Mapping[str, Any], params: Mapping[str, np.ndarray]) -> ReferenceModel:
-    """The model of a golden file's `config` with its `param/…` arrays (prefix removed), in evaluation mode.
+    """Builds the model of a golden file's `config` with its `param/…` arrays (prefix removed), in evaluation mode.
 
     Raises:
         UserError: naming the config key or the parameter that does not fit.
@@ -273,10 +274,10 @@ def encoder_from_reference(config: Mapping[str, Any], params: Mapping[str, np.nd
 
 
 def reference_params(model: ReferenceModel) -> Dict[str, np.ndarray]:
-    """The parameters under the research code's names, entries that nothing reads as they were given."""
+    """Returns the parameters under the research code's names, entries that nothing reads as they were given."""
     return export_reference_params(model.encoder, model.item_table_VD, model.given)
 
 
 def reference_grads(model: ReferenceModel) -> Dict[str, np.ndarray]:
-    """The gradients after `loss.backward()`, full shapes; zero for the padding item."""
+    """Returns the gradients after `loss.backward()`, full shapes; zero for the padding item."""
     return export_reference_grads(model.encoder, model.item_table_VD)

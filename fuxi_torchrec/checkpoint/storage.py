@@ -62,13 +62,14 @@ class _Counted:
 
 
 class Files(FileSystemBase):
-    """What torch.distributed.checkpoint asks of a file system."""
+    """A file system over iopath, as torch.distributed.checkpoint asks for one."""
 
     def __init__(self) -> None:
         self.written: Dict[str, Dict[str, Any]] = {}  # file name -> bytes, crc32 of every BLOCK in hexadecimal
 
     @contextmanager
     def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
+        """Opens a file; one that is written is counted and checksummed on its way."""
         with path_manager().open(str(path), mode) as stream:
             if "w" not in mode:
                 yield stream
@@ -82,25 +83,32 @@ class Files(FileSystemBase):
         self.written[os.path.basename(str(path))] = counted.written
 
     def concat_path(self, path: Any, suffix: str) -> str:
+        """Joins a name to a folder."""
         return join(str(path), suffix)
 
     def init_path(self, path: Any) -> str:
+        """Returns the path as it is."""
         return str(path)
 
     def rename(self, path: Any, new_path: Any) -> None:
+        """Moves a file."""
         raise NotImplementedError("a bucket has no rename")
 
     def mkdir(self, path: Any) -> None:
+        """Makes a folder and those above it."""
         make_folder(str(path))
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        """Accepts every path: iopath knows which it can write."""
         return True
 
     def exists(self, path: Any) -> bool:
+        """Tells whether there is such a file or folder."""
         return path_manager().exists(str(path))
 
     def rm_file(self, path: Any) -> None:
+        """Removes a file."""
         path_manager().rm(str(path))
 
 
@@ -114,9 +122,11 @@ class Writer(FileSystemWriter):
 
     @property
     def written(self) -> Dict[str, Dict[str, Any]]:
+        """Sizes and checksums of this rank's files, by name."""
         return self.fs.written
 
     def write_data(self, plan: Any, planner: Any) -> Any:
+        """Writes this rank's items of the plan."""
         # torch.save's zip has a checksum too, of the whole tensor before any of it is written: a pass over memory that
         # nothing reads again, since torch.load compares none.
         before = torch.serialization.get_crc32_options()
@@ -127,6 +137,7 @@ class Writer(FileSystemWriter):
             torch.serialization.set_crc32_options(before)
 
     def finish(self, metadata: Any, results: List[List[Any]]) -> None:
+        """Writes the metadata file."""
         # DCP's own writes aside and renames; here the marker says what is complete.
         metadata.version = CURRENT_DCP_VERSION
         metadata.storage_data = {result.index: result.storage_data for part in results for result in part}
@@ -136,16 +147,17 @@ class Writer(FileSystemWriter):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        """Accepts every path: iopath knows which it can write."""
         return True
 
 
 def folders(parent: str) -> List[str]:
-    """Names of the checkpoint folders, complete or not, the newest first."""
+    """Lists the names of the checkpoint folders, complete or not, the newest first."""
     return sorted((name for name in names_in(parent) if name.startswith("step-")), reverse=True)
 
 
 def read_marker(folder: str) -> Optional[Dict[str, Any]]:
-    """What the marker holds; None where there is none. Raises ValueError for one that is not readable."""
+    """Reads the marker of a checkpoint; None where there is none. Raises ValueError for one that is not readable."""
     path = join(folder, MARKER)
     if not path_manager().exists(path):
         return None
@@ -174,7 +186,8 @@ def write_text(path: str, text: str) -> Dict[str, Any]:
 
 
 def unseen(folder: str, files: Iterable[str]) -> Optional[str]:
-    """A file that is not to be found, PATIENCE seconds after it was written: a network's folder may lag a little."""
+    """Looks for a file that is not to be found, PATIENCE seconds after it was written (a network's folder may lag a
+    little); None where all are there."""
     end = time.monotonic() + PATIENCE
     for name in files:
         while not path_manager().exists(join(folder, name)):

@@ -26,6 +26,7 @@ MEASURED_PRODUCT = 2048
 
 
 def bench(arguments: List[str]) -> int:
+    """Runs `fuxi-torchrec bench`; returns the exit code. Raises UserError."""
     parser = OneLineParser(
         prog="fuxi-torchrec bench",
         usage="fuxi-torchrec bench [--encoders NAME,…] [--lengths N,…] [--tokens T] [--steps S] [--section.key value …]",

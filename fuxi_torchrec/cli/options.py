@@ -6,10 +6,12 @@ from fuxi_torchrec.paths import absolute
 
 
 def add_verify_option(parser: Any) -> None:
+    """Adds --verify to a command's options."""
     parser.add_argument("--verify", action="store_true", help="Read the whole data set first and compare its checksums.")
 
 
 def add_model_options(parser: Any) -> None:
+    """Adds the options that say which saved model is used, on which device and data set."""
     parser.add_argument("--checkpoint", type=str, default="best", help="best, last, or a folder under checkpoints/.")
     parser.add_argument("--data.path", type=str, default=None, help="The data set, if it has moved since training.")
     parser.add_argument("--device", type=str, default=None, help="auto, cpu or cuda; default: as trained.")
@@ -17,7 +19,7 @@ def add_model_options(parser: Any) -> None:
 
 
 def saved_model(options: Any) -> Any:
-    """A run's model, loaded; a context manager. `options` has "run" and those of `add_model_options`."""
+    """Loads a run's saved model, as a context manager. `options` has "run" and those of `add_model_options`."""
     from fuxi_torchrec.run.folder import RunFolder
     from fuxi_torchrec.versions import check_environment
 

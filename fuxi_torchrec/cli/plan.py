@@ -10,7 +10,7 @@ from fuxi_torchrec.errors import UserError
 
 
 def plan(arguments: List[str]) -> int:
-    """Exit code 1 where the plan does not fit."""
+    """Runs `fuxi-torchrec plan`; returns the exit code, 1 where the plan does not fit. Raises UserError."""
     parser = OneLineParser(
         prog="fuxi-torchrec plan",
         usage="fuxi-torchrec plan CONFIG.yaml --world-size N [--local-world-size n] [--hbm 80GB] [--items V] …",

@@ -100,8 +100,8 @@ def _import(checkpoint: str, config: Config, output: str) -> None:
 
 
 def read_checkpoint(path: str) -> Dict[str, Any]:
-    """{name: float array} of a research checkpoint, as DistributedDataParallel or the bare model saved it. Nothing but
-    weights is unpickled. Raises UserError, naming the file."""
+    """Reads {name: float array} of a research checkpoint, as DistributedDataParallel or the bare model saved it.
+    Nothing but weights is unpickled. Raises UserError, naming the file."""
     import torch
 
     try:

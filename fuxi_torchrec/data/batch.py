@@ -30,7 +30,8 @@ Move = Callable[[Any], Any]
 
 @dataclass
 class SequenceBatch(Pipelineable):
-    """Users' windows x_1 … x_{n+1}: the first n events are the inputs, the last n what they should predict.
+    """A batch: users' windows x_1 … x_{n+1}, of which the first n events are the inputs and the last n what they
+    should predict.
 
     ids: KeyedJaggedTensor with the keys events [E] (int64) and negatives (unique ids or a pool, all in the first
         sample, since every key shares one number of samples; empty where there is no loss to take).
@@ -56,11 +57,12 @@ class SequenceBatch(Pipelineable):
 
     @property
     def num_positions(self) -> int:
+        """Number of supervised tokens, T."""
         return self.input_index_T.numel()
 
     @property
     def num_candidates(self) -> int:
-        """How many items each position's loss sets against its positive, on this rank."""
+        """Number of items that each token's loss compares with its positive, on this rank."""
         if isinstance(self.negatives, PerTokenNegatives):
             return self.negatives.index_TK.shape[1]
         in_batch = self.negatives.in_batch if self.negatives else None
@@ -70,12 +72,15 @@ class SequenceBatch(Pipelineable):
         return _moved(self, move, kept=("user_ids_B", "target_log_prob_B"))
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "SequenceBatch":
+        """Copies the batch to a device; what the host reads stays there."""
         return self._map(lambda x: x.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "SequenceBatch":
+        """Copies the batch into page-locked memory."""
         return self._map(lambda x: x.pin_memory())
 
     def record_stream(self, stream: torch.Stream) -> None:
+        """Tells the allocator that a CUDA stream uses the batch's tensors."""
         self._map(lambda x: (x.record_stream(stream), x)[1])
 
 

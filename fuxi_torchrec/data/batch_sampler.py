@@ -26,12 +26,13 @@ class Position:
     step: int = 0
 
     def to_dict(self) -> Dict[str, int]:
+        """Returns the fields as plain values, for a checkpoint."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows [begin, end) of a row group: all of it, or a part where two ranks meet in it."""
+    """Rows [begin, end) of a row group: all of it, or a part where two ranks meet in it."""
 
     group: RowGroup
     begin: int
@@ -39,14 +40,16 @@ class Rows:
 
     @property
     def users(self) -> int:
+        """Number of rows, each a user."""
         return self.end - self.begin
 
     def cut(self, low: int, high: int) -> "Rows":
+        """Returns the rows [low, high) of these."""
         return replace(self, begin=self.begin + low, end=self.begin + high)
 
 
 def whole_groups(groups: Iterable[RowGroup]) -> List[Rows]:
-    """All rows of some row groups, in their order."""
+    """Takes all rows of some row groups, in their order."""
     return [Rows(group, 0, group.num_rows) for group in groups]
 
 
@@ -63,9 +66,11 @@ class Buffer:
 
     @property
     def users(self) -> int:
+        """Number of users."""
         return max(self.end - self.begin, 0)
 
     def cut(self, low: int, high: int) -> "Buffer":
+        """Returns the users [low, high) of these, in the same order."""
         return replace(self, begin=self.begin + low, end=self.begin + high)
 
 
@@ -75,7 +80,8 @@ Piece = TypeVar("Piece", Rows, Buffer)
 def deal_epoch(
     rows: Sequence[Rows], epoch: int, deals: Sequence[Sequence[Position]], ranks: int, buffer_users: int
 ) -> List[List[Buffer]]:
-    """Every rank's buffers, or what is left of them where the epoch was begun by other worlds.
+    """Assigns an epoch's users to the ranks, as buffers of each, or what is left of them where other worlds began the
+    epoch.
 
     Args:
         rows: the epoch's row groups, in its order.
@@ -152,8 +158,8 @@ def _unfinished(dealt: Sequence[Sequence[Buffer]], positions: Sequence[Position]
 
 
 def even_order(lengths_U: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """A random order in which any run of users has about the mean length, so that ranks that know nothing of each other
-    have batches alike; int64 [U].
+    """Draws a random order in which any run of users has about the mean length, so that ranks that know nothing of
+    each other have batches alike; int64 [U].
 
     Sorted by length, users are visited as a van der Corput sequence with Owen's scrambling visits [0, 1): every aligned
     run of 2^k users has one of each of the 2^k quantiles of length (Owen 1995, base 2).
@@ -169,7 +175,7 @@ def even_order(lengths_U: np.ndarray, random: np.random.Generator) -> np.ndarray
 
 
 def next_batch(lengths_U: np.ndarray, ranks: int, users: int, tokens: Optional[int]) -> np.ndarray:
-    """The next global batch of an order of users: for each of its first users the rank that takes it, int64.
+    """Chooses the next global batch of an order of users: for each of its first users the rank that takes it, int64.
 
     Every rank gets at most `users` users and, unless it has a single one, `tokens` tokens.
 

@@ -69,7 +69,7 @@ def check_start(folder: str, identity: DatasetIdentity) -> None:
 
 
 def compare(path: str, found: Dict[str, Any], recorded: Dict[str, Any]) -> None:
-    """Raises UserError, naming what differs, where a file is not as dataset.json records it."""
+    """Compares a file with its record in dataset.json. Raises UserError, naming what differs."""
     for key, value in found.items():
         if value != recorded.get(key):
             said = f"{key} {value}, dataset.json says {recorded.get(key)}"

@@ -21,7 +21,7 @@ from fuxi_torchrec.paths import join, path_manager
 
 @dataclass(frozen=True)
 class RowGroup:
-    """One row group of one part file: the unit that is read, shuffled and dealt to ranks."""
+    """One row group of one part file: the unit that is read, shuffled and assigned to ranks."""
 
     path: str
     index: int
@@ -39,7 +39,7 @@ class UserRows:
     log_probs_E: Optional[np.ndarray] = None  # float64, where the data set has them
 
     def cut(self, begin: int, end: int) -> "UserRows":
-        """The users [begin, end)."""
+        """Returns the users [begin, end)."""
         offsets = self.offsets_U1[begin : end + 1]
         events = slice(offsets[0], offsets[-1])
         log_probs_E = None if self.log_probs_E is None else self.log_probs_E[events]
@@ -100,7 +100,7 @@ class SequenceDataset:
                 raise UserError(f"{where}, user {user}: {what}; prepare the data set again")
 
     def items(self, columns: Optional[List[str]] = None, where: Optional[pc.Expression] = None) -> pa.Table:
-        """items.parquet: item_id, source_id, title, frequency (or some of them), in the order of item_id.
+        """Reads items.parquet: item_id, source_id, title, frequency (or some of them), in the order of item_id.
 
         where: of these items alone; the others are read past, not held.
         """
@@ -140,7 +140,7 @@ class SequenceDataset:
 
     @property
     def has_log_probs(self) -> bool:
-        """Whether the data set knows each event's true log p: synthetic data do."""
+        """Whether the events have their generator's log probabilities (synthetic data)."""
         return self.identity.log_prob_column is not None
 
 
@@ -155,21 +155,21 @@ def _readable(path: str) -> Iterator[BinaryIO]:
 
 
 def check_enough_data(dataset: SequenceDataset, processes: int) -> None:
-    """Raises UserError for more processes than users, who are what is dealt to ranks."""
+    """Checks that every process gets a user. Raises UserError for more processes than users."""
     users = dataset.identity.num_users
     if users < processes:
         raise UserError(f"{dataset.folder}: {users} users are too few for {processes} processes; use at most {users}")
 
 
 def ranges(start_U: np.ndarray, stop_U: np.ndarray) -> np.ndarray:
-    """The integers of all [start, stop), one range after the other, int64."""
+    """Lists the integers of all [start, stop), one range after the other, int64."""
     lengths = stop_U - start_U
     ends = np.cumsum(lengths)
     return np.arange(ends[-1] if len(ends) else 0) + np.repeat(start_U - (ends - lengths), lengths)
 
 
 def concatenate(parts: Sequence[UserRows]) -> UserRows:
-    """Several row groups as one."""
+    """Joins the users of several row groups."""
     shifts = np.cumsum([0] + [len(part.item_ids_E) for part in parts])
     offsets = [part.offsets_U1[:-1] + shift for part, shift in zip(parts, shifts)] + [shifts[-1:]]
     return UserRows(

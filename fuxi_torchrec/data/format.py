@@ -65,6 +65,7 @@ class DatasetIdentity:
     schema_minor: int = SCHEMA_MINOR
 
     def to_json(self) -> str:
+        """Returns the JSON text of dataset.json."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
 
@@ -121,5 +122,5 @@ def _upgraded(values: Dict[str, Any], minor: int) -> Dict[str, Any]:
 
 
 def same_data(one: DatasetIdentity, other: DatasetIdentity) -> bool:
-    """Whether a model trained on the one may be used on the other: the same bytes, in the same unit of time."""
+    """Tells whether a model trained on the one may be used on the other: the same bytes, in the same unit of time."""
     return (one.content_checksum, one.time_unit) == (other.content_checksum, other.time_unit)

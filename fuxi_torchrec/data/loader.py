@@ -77,7 +77,7 @@ def positions_after(state: Dict[str, Any], rank: int, world_size: int) -> Tuple[
 
 
 class TrainingStream:
-    """Batches of the training split.
+    """The training split's batches, resumable at any of them.
 
     Args:
         dataset, config: what is read and how it is batched.
@@ -103,7 +103,8 @@ class TrainingStream:
         self.deals: List[List[Position]] = []
 
     def epoch(self, position: Position) -> Iterator[SequenceBatch]:
-        """The rest of an epoch. No user is dropped: the last batch of a buffer may be smaller than the others."""
+        """Yields the batches of the rest of an epoch. No user is dropped: the last batch of a buffer may be smaller
+        than the others."""
         buffers = self._buffers(position.epoch)
         for number in range(position.buffer, len(buffers)):
             buffer = buffers[number]
@@ -120,7 +121,7 @@ class TrainingStream:
                 yield collate(rows, mine, self.sampler, step=position.step, position=position)
 
     def empty_batch(self, position: Position) -> SequenceBatch:
-        """What a rank without data left contributes while others still have some."""
+        """Makes a batch without users, with which a rank whose data have ended takes part in a step of the others."""
         nothing = np.zeros(0, dtype=np.int64)
         rows = UserRows(nothing, np.zeros(1, dtype=np.int64), nothing, nothing)
         position = replace(position, step=position.step + 1)
@@ -160,7 +161,7 @@ def evaluation_batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[SequenceBatch]:
-    """Every user of a split once; each rank has an even run of the data set's order.
+    """Yields every user of a split once; each rank has an even run of the data set's order.
 
     A batch has no negatives; the target of user b is the last of its events. With world_size > 1 the ranks may have
     different numbers of batches.

@@ -28,7 +28,7 @@ FEW_ITEMS = 4
 
 @dataclass(frozen=True)
 class PerTokenNegatives:
-    """Holds a set of negatives for each position (loss.negatives: per_token).
+    """A set of negatives for each token (loss.negatives: per_token).
 
     index_TK: int32 rows of the ids that are looked up.
     positive_index_T: int64 row among them that is the position's own positive, −1 where none is.
@@ -42,7 +42,7 @@ class PerTokenNegatives:
 
 @dataclass(frozen=True)
 class InBatchItems:
-    """Holds the positives that serve as candidates of all positions, each item once.
+    """The positives that serve as candidates of all tokens, each item once.
 
     They are looked up as events already, so that they cost no exchange.
 
@@ -59,8 +59,8 @@ class InBatchItems:
 
 @dataclass(frozen=True)
 class SharedNegatives:
-    """Says what all positions share as candidates: the ids that are looked up, in drawing order (shared, mixed, full),
-    and in-batch items (in_batch, mixed).
+    """What all tokens share as candidates: the ids that are looked up, in drawing order (shared, mixed, full), and
+    in-batch items (in_batch, mixed).
 
     expected_draws_P: float32, how often each candidate is expected among this rank's draws: Σ count · q(candidate);
         None without loss.log_q.
@@ -82,7 +82,7 @@ class Sampled(NamedTuple):
 
 
 class NegativeSampler:
-    """`sample(positives, step)` draws a batch's negatives.
+    """Draws a batch's negatives: `sample(positives, step)`.
 
     Args:
         config: kinds and numbers.
@@ -105,7 +105,7 @@ class NegativeSampler:
         self.positives = ItemDistribution(num_items, frequency_V, 1.0) if _weighs_in_batch(config) else None
 
     def sample(self, positive_ids_T: np.ndarray, step: int) -> Sampled:
-        """Draws for the positions' positives (int64 [T]) at a step."""
+        """Draws the negatives of a step. positive_ids_T: int64, the tokens' positives."""
         generator = np.random.default_rng([self.seed, self.rank, step])
         if self.config.negatives == "full":
             return Sampled(torch.arange(self.num_items), SharedNegatives())
@@ -167,7 +167,8 @@ class NegativeSampler:
 def training_frequency(
     loss: LossConfig, data: DataConfig, dataset: SequenceDataset, ranks: Ranks
 ) -> Optional[np.ndarray]:
-    """Training events of each item [V], where the config's sampler needs them; else None, and nothing is read.
+    """Counts the training events of each item [V], where the config's sampler needs them; else None, and nothing is
+    read.
 
     items.parquet's frequency leaves out what leave_one_out tests on; the events of another split are counted, by all ranks
     together.

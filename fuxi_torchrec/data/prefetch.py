@@ -11,13 +11,13 @@ T = TypeVar("T")
 
 
 def prefetch_depth(config: DataConfig, device_type: str) -> int:
-    """config.prefetch, or what suits the device. On a CPU a background thread makes every parallel operation wait for
-    the core it occupies."""
+    """Returns how many batches are made ahead: config.prefetch, or what suits the device. On a CPU a background
+    thread makes every parallel operation wait for the core it occupies."""
     return config.prefetch if config.prefetch is not None else 0 if device_type == "cpu" else 2
 
 
 def pinned(batches: Iterable[SequenceBatch], device_type: str) -> Iterable[SequenceBatch]:
-    """Batches in page-locked memory where a GPU takes them: only from there does a copy not make the host wait."""
+    """Moves batches to page-locked memory where a GPU takes them: only from there does a copy not make the host wait."""
     return (batch.pin_memory() for batch in batches) if device_type == "cuda" else batches
 
 

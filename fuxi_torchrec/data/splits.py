@@ -12,19 +12,19 @@ from fuxi_torchrec.errors import UserError
 
 @dataclass
 class Windows:
-    """For each kept user the events [start, stop): the last one is the target of the position before it."""
+    """A window of each kept user, the events [start, stop): the last one is the target of the position before it."""
 
     user_ids_U: np.ndarray
     start_U: np.ndarray
     stop_U: np.ndarray
 
     def take(self, index: Union[np.ndarray, slice]) -> "Windows":
-        """Picks some users: int64 indices, bool marks or a slice."""
+        """Picks some users: int64 indices or a slice."""
         return Windows(self.user_ids_U[index], self.start_U[index], self.stop_U[index])
 
 
 def windows(rows: UserRows, config: DataConfig, split: str) -> Windows:
-    """The events that a split shows of each user.
+    """Cuts each user's history to the events that a split shows.
 
     train: at most the last max_sequence_length + 1 training events. validation, test: the target event, and before it
     at most the last max_sequence_length events of its history. Users left with fewer than two events have nothing to
@@ -38,7 +38,8 @@ def windows(rows: UserRows, config: DataConfig, split: str) -> Windows:
 
 
 def histories(rows: UserRows, config: DataConfig) -> Windows:
-    """All training events of every user, however many or few: what there is to count, where `windows` says what is seen."""
+    """Returns all training events of every user, however many or few: what there is to count, where `windows` says
+    what is seen."""
     first_U, end_U = rows.offsets_U1[:-1], rows.offsets_U1[1:]
     return Windows(rows.user_ids_U, first_U, np.maximum(first_U, _stops(rows, config, "train", first_U, end_U)))
 
@@ -64,7 +65,7 @@ def _count_before(rows: UserRows, cutoff: int) -> np.ndarray:
 
 
 def check_splits(dataset: SequenceDataset, config: DataConfig) -> None:
-    """Raises UserError for a split without a user, before a run begins; reads on only until every split has one."""
+    """Checks that every split has a user, before a run begins; reads on only until each has one. Raises UserError."""
     wanted = {"train", *evaluation_splits(config)}
     for group in dataset.row_groups:
         rows = dataset.read(group)

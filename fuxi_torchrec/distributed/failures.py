@@ -28,7 +28,7 @@ LOST = ("gloo", "nccl", "connection", "timed out", "socket", "broken pipe")
 
 
 class Interrupted(Exception):
-    """Stopped by a signal, after saving. `code` is the exit code: 128 + the signal's number."""
+    """Raised once a run that was stopped by a signal has saved. `code` is the exit code: 128 + the signal's number."""
 
     def __init__(self, number: int):
         super().__init__(f"stopped by {signal.Signals(number).name}; go on with --resume")
@@ -143,7 +143,7 @@ def _failure(error: Exception, store: dist.Store, world: World) -> BaseException
 
 
 def is_lost(error: Exception) -> bool:
-    """Whether a collective failed because of another process."""
+    """Tells whether a collective failed because of another process."""
     text = str(error).lower()
     return isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or any(word in text for word in LOST))
 

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """This process's place: the whole world at size 1 too.
+    """This process's place among all: the whole world at size 1 too.
 
     host_group: for values that the host has and needs, which must not wait for a GPU; None: the default group, which is
     gloo's.
@@ -31,22 +31,23 @@ class World:
 
     @property
     def is_main(self) -> bool:
+        """Whether this is rank 0."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """All ranks' sum, in place."""
+        """Adds up all ranks' values, in place; a collective."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
     def max(self, values: Tensor) -> Tensor:
-        """All ranks' maximum, in place."""
+        """Takes the maximum of all ranks' values, in place; a collective."""
         if self.size > 1:
             dist.all_reduce(values, dist.ReduceOp.MAX)
         return values
 
     def sum_on_host(self, values: Sequence[int]) -> List[int]:
-        """All ranks' sums of non-negative integers below 2**53, from host to host."""
+        """Adds up all ranks' non-negative integers below 2**53, from host to host; a collective."""
         if self.size == 1:
             return list(map(int, values))
         total = torch.tensor(values, dtype=torch.float64)
@@ -54,14 +55,14 @@ class World:
         return list(map(int, total.tolist()))
 
     def gathered(self, value: T) -> List[T]:
-        """Every rank's value."""
+        """Collects every rank's value, in the order of ranks; a collective."""
         values = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(values, value)
         return values
 
     def from_main(self, value: T) -> T:
-        """Rank 0's value, on every rank."""
+        """Returns rank 0's value on every rank; a collective."""
         values = [value]
         if self.size > 1:
             dist.broadcast_object_list(values, src=0, device=self.device)
@@ -69,7 +70,7 @@ class World:
 
 
 def device_type(device: str) -> str:
-    """"cuda" or "cpu" for trainer.device. auto takes the GPU only where fbgemm has kernels for it as well.
+    """Chooses "cuda" or "cpu" for trainer.device. auto takes the GPU only where fbgemm has kernels for it as well.
 
     Raises UserError where CUDA is asked for and absent."""
     if device == "cuda" and not torch.cuda.is_available():

@@ -29,11 +29,11 @@ BATCHES_A_RANKING = 64
 
 
 class Stopped(Exception):
-    """An evaluation that was broken off, on every rank."""
+    """Raised on every rank where an evaluation was broken off."""
 
 
 class Queries(NamedTuple):
-    """What a rank asks of the catalogue: one query per user, in the data set's order."""
+    """A rank's queries to the catalogue: one for each user, in the data set's order."""
 
     query_BD: Tensor  # float32
     target_B: Tensor  # int64
@@ -88,9 +88,9 @@ def encoded_queries(
     world: World,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Queries]:
-    """This rank's users of a split, encoded with dropout off, BATCHES_A_RANKING batches at a time, so that memory does
-    not grow with the split; those before `stop` became true. Ranks that look a sharded table up together yield equally
-    often, with no users at the end where others have some."""
+    """Encodes this rank's users of a split with dropout off, BATCHES_A_RANKING batches at a time, so that memory does
+    not grow with the split; those before `stop` became true. Ranks that look a sharded table up together yield
+    equally often, with no users at the end where others have some."""
     parts: List[Queries] = []
     users = 0
     was_training = model.training

@@ -32,8 +32,8 @@ def rank_targets(
     temperature: float,
     normalize_eps: float,
 ) -> Ranking:
-    """ops.ranking.rank_targets for this rank's queries against the whole catalogue; with a sharded table every rank
-    calls it, those without queries too.
+    """Ranks this rank's targets among the whole catalogue, as ops.ranking.rank_targets does; with a sharded table
+    every rank calls it, those without queries too.
 
     Raises NonFiniteScore; with a sharded table on all ranks at once, its `query` −1 where the query is another rank's.
     """
@@ -54,7 +54,7 @@ def rank_targets(
 def top_items(
     model: DistributedModelParallel, world: World, queries_QD: Tensor, seen: Seen, k: int, normalize_eps: float
 ) -> Tuple[Tensor, Tensor]:
-    """ops.ranking.top_items; every rank asks the same queries and gets the same answer."""
+    """Finds the best items as ops.ranking.top_items does; every rank asks the same queries and gets the same answer."""
     scores_Qk, items_Qk = ops.top_items(queries_QD, row_parts(model, world), seen, k, normalize_eps)
     if not is_sharded(model) or world.size == 1:
         return scores_Qk, items_Qk
@@ -65,8 +65,8 @@ def top_items(
 
 
 def row_parts(model: DistributedModelParallel, world: World) -> TableParts:
-    """This rank's whole rows of the table, as (first row, rows [·, D]): all of them where it is replicated. Rows of a
-    table cut by columns are put together first, which takes the memory of this rank's part once more."""
+    """Returns this rank's whole rows of the table, as (first row, rows [·, D]): all of them where it is replicated.
+    Rows of a table cut by columns are put together first, which takes the memory of this rank's part once more."""
     if not is_sharded(model):
         return [(0, values) for _, _, values in local_parts(model)]
     shards, (num_rows, width) = table_shards(model)

@@ -20,6 +20,8 @@ from fuxi_torchrec.sharding.model_parallel import build_distributed
 
 @dataclass
 class SavedModel:
+    """A run's saved model, loaded. step, epoch: of its checkpoint."""
+
     run: RunFolder
     config: Config
     dataset: SequenceDataset

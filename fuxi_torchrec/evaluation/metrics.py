@@ -9,7 +9,7 @@ from fuxi_torchrec.config import METRIC_CUTOFFS
 
 
 def metric_sums(rank_Q: Tensor, log_prob_Q: Tensor) -> Dict[str, Tensor]:
-    """Sums over queries, float64 scalars: users, HR@K = [rank ≤ K], NDCG@K = [rank ≤ K] / log2(rank + 1),
+    """Sums the metrics over queries, float64 scalars: users, HR@K = [rank ≤ K], NDCG@K = [rank ≤ K] / log2(rank + 1),
     MRR = 1 / rank, cross_entropy = −log p(target). Ranks are 1-based, ties counted half."""
     gain_Q = 1 / torch.log2(rank_Q + 1)
     sums = {"users": torch.tensor(float(len(rank_Q)), dtype=torch.float64, device=rank_Q.device)}
@@ -23,5 +23,5 @@ def metric_sums(rank_Q: Tensor, log_prob_Q: Tensor) -> Dict[str, Tensor]:
 
 
 def is_better(metric: str, value: float, than: float) -> bool:
-    """Cross-entropy is better when lower, every other metric when higher."""
+    """Compares two values of a metric: cross-entropy is better when lower, every other one when higher."""
     return value < than if metric.startswith("cross_entropy") else value > than

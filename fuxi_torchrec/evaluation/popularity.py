@@ -49,7 +49,7 @@ class CountRanks:
         self.log_prob_C = torch.log(smoothed_C / (smoothed_C * torch.from_numpy(self.items_C)).sum())
 
     def of(self, target_B: Tensor, seen: Seen) -> Ranking:
-        """Ranks among all items but the seen ones; log_prob_Q is of the add-one smoothed counts."""
+        """Ranks the targets [B] among all items but the seen ones; log_prob_Q is of the add-one smoothed counts."""
         item_B, V = target_B.numpy(), len(self.counts_V)
         query_S, item_S = np.divmod(np.unique(seen.query_S.numpy() * V + seen.item_S.numpy()), V)
         other = item_S != item_B[query_S]

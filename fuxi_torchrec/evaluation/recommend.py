@@ -25,7 +25,7 @@ from fuxi_torchrec.ops.ranking import Seen
 
 @dataclass
 class Request:
-    """Whose next items are wanted: a label to print, and the events so far (dense item ids, int64 ticks)."""
+    """A user whose next items are wanted: a label to print, and the events so far (dense item ids, int64 ticks)."""
 
     label: str
     item_ids: np.ndarray
@@ -33,8 +33,8 @@ class Request:
 
 
 class Catalogue:
-    """Dense item ids to the source's ids and titles, and back. Each answer is a pass over items.parquet: what is held is
-    what was asked for."""
+    """The catalogue's two numberings: dense item ids to the source's ids and titles, and back. Each answer is a pass
+    over items.parquet: what is held is what was asked for."""
 
     def __init__(self, dataset: SequenceDataset):
         self.dataset = dataset
@@ -53,7 +53,7 @@ class Catalogue:
 
 
 def to_int64(text: str, what: str) -> int:
-    """Raises UserError for text that is no int64 in plain digits."""
+    """Parses an integer in plain digits. Raises UserError, naming `what`, for text that is no int64."""
     if not re.fullmatch(r"\s*-?[0-9]{1,19}\s*", text) or not -(2**63) <= int(text) < 2**63:
         raise UserError(f"{what}: {text!r} is not an integer of 64 bits")
     return int(text)
@@ -79,7 +79,8 @@ def history_request(asked: Sequence[str], catalogue: Catalogue, at: int) -> Requ
 
 
 def user_requests(dataset: SequenceDataset, users: Sequence[str]) -> List[Request]:
-    """Requests of users of the data set, in the order asked for, by the source's user ids, with all their events."""
+    """Reads requests of users of the data set, in the order asked for, by the source's user ids, with all their
+    events. Raises UserError for an unknown user."""
     ids = _user_ids(dataset, users)
     wanted = np.array(sorted(set(ids.values())))
     found: Dict[int, Tuple[np.ndarray, np.ndarray]] = {}
@@ -116,7 +117,8 @@ def recommend(
     at: Optional[int] = None,
     include_seen: bool = False,
 ) -> Tuple[np.ndarray, np.ndarray]:
-    """Scores (float32 [B, k], logits) and dense item ids (int64 [B, k], −1 where the catalogue has no more items).
+    """Recommends items: returns scores (float32 [B, k], logits) and dense item ids (int64 [B, k], −1 where the
+    catalogue has no more items).
 
     Args:
         requests: at least one event each; the encoder sees the last max_sequence_length of them, but all of them count
@@ -158,7 +160,8 @@ def _seen(requests: Sequence[Request], device: torch.device) -> Seen:
 
 
 def to_table(requests: Sequence[Request], scores_Bk: np.ndarray, items_Bk: np.ndarray, catalogue: Catalogue) -> pa.Table:
-    """Columns user (string), rank (int32, from 1), item_id (the source's), dense_id int64, title, score float32."""
+    """Makes a table of recommendations: columns user (string), rank (int32, from 1), item_id (the source's), dense_id
+    int64, title, score float32."""
     found = items_Bk >= 0
     user_index, rank = np.nonzero(found)
     described = catalogue.describe(items_Bk[found])

@@ -111,7 +111,8 @@ class RunFolder:
             lock.confirm()
 
     def check_same(self, config: Config, identity: DatasetIdentity) -> None:
-        """Raises UserError where going on with this run would mix two data sets, splits or metrics under one name."""
+        """Checks that going on with this run would not mix two data sets, splits or metrics under one name. Raises
+        UserError where it would."""
         if not same_data(identity, self.identity()):
             raise UserError(f"{self.path}: this run was trained on another data set; name its own with --data.path")
         before, now = self.config(), config
@@ -130,7 +131,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: str) -> "RunFolder":
-        """An existing run's folder. Raises UserError where there is none."""
+        """Opens an existing run's folder. Raises UserError where there is none."""
         run = cls(path)
         if not run._exists():
             raise UserError(f"{path}: no run here ({CONFIG_FILE} is missing); name the --output of a 'train'")
@@ -163,8 +164,9 @@ class RunFolder:
         write_aside(self._file(SAVED_FILE), json.dumps({"checkpoint": kept}) + "\n")
 
     def refuse_lost_checkpoints(self, folder: str) -> None:
-        """Raises UserError where a checkpoint was completed once, of which nothing is left in `folder`: to begin again
-        would throw the run away. A run that was killed before its first save begins again."""
+        """Checks that no completed checkpoint was lost. Raises UserError where one was completed once, of which
+        nothing is left in `folder`: to begin again would throw the run away. A run that was killed before its first
+        save begins again."""
         lost = self._last_saved()
         if lost:
             raise UserError(
@@ -184,7 +186,7 @@ class RunFolder:
             raise UserError(f"{self._file(SAVED_FILE)}: cannot be read; remove it to start again from nothing") from None
 
     def identity(self) -> DatasetIdentity:
-        """Identity of the data set that the run was trained on."""
+        """Reads the identity of the data set that the run was trained on."""
         return read_identity(self.path)
 
     def append(self, line: Dict[str, Any]) -> None:
@@ -209,7 +211,7 @@ class RunFolder:
         return lines
 
     def metrics_size(self) -> int:
-        """Bytes of metrics.jsonl."""
+        """Returns the size of metrics.jsonl in bytes."""
         path = self._file(METRICS_FILE)
         return os.path.getsize(path) if os.path.exists(path) else 0
 
@@ -229,12 +231,13 @@ class RunFolder:
 
 
 def is_restart() -> bool:
-    """Whether torchrun or Slurm started this process again after a failure."""
+    """Tells whether torchrun or Slurm started this process again after a failure."""
     return any(int(os.environ.get(name) or 0) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
 def launch_id() -> Optional[str]:
-    """The same for all restarts of one launch, and for no other; None outside torchrun and Slurm."""
+    """Names this process's launch: the same for all its restarts, and for no other launch; None outside torchrun and
+    Slurm."""
     environment = os.environ
     if environment.get("SLURM_JOB_ID"):
         return f"slurm {environment['SLURM_JOB_ID']}"

@@ -13,8 +13,9 @@ OUTCOME_FILE = "outcome.json"
 
 
 def read_outcome(path: str) -> Optional[Dict[str, Any]]:
-    """{"status": "finished" | "failed" | "interrupted", "reason": one line, …} of the run at `path`, and of a finished one
-    what it was made of (Trainer.counted). None where no run is there, or where it is running or was killed."""
+    """Reads the outcome of the run at `path`: {"status": "finished" | "failed" | "interrupted", "reason": one line,
+    …}, and of a finished one what it was made of (Trainer.counted). None where no run is there, or where it is
+    running or was killed."""
     try:
         with open(os.path.join(path, OUTCOME_FILE), encoding="utf-8") as file:
             return json.load(file)
@@ -23,13 +24,13 @@ def read_outcome(path: str) -> Optional[Dict[str, Any]]:
 
 
 class OutcomeRecord:
-    """Writes a run's outcome, on the rank that was told the run's folder; elsewhere it does nothing."""
+    """A run's outcome, written on the rank that was told the run's folder; elsewhere it does nothing."""
 
     def __init__(self) -> None:
         self.path: Optional[str] = None
 
     def begin(self, run: RunFolder) -> None:
-        """From here on the run's outcome is this process's to write; an earlier one is forgotten."""
+        """Makes the run's outcome this process's to write from here on; an earlier one is forgotten."""
         self.path = os.path.join(run.path, OUTCOME_FILE)
         with suppress(FileNotFoundError):
             os.remove(self.path)
@@ -39,13 +40,14 @@ class OutcomeRecord:
         self.end("failed", reason)
 
     def end(self, status: str, reason: str = "", **facts: Any) -> None:
+        """Writes the outcome, with further facts of the run."""
         if self.path is not None:
             write_aside(self.path, json.dumps({"status": status, "reason": reason, **facts}, indent=2) + "\n")
 
 
 @contextmanager
 def recorded_outcome() -> Iterator[OutcomeRecord]:
-    """Whatever escapes is recorded as the reason of a failure, and raised again."""
+    """Records whatever escapes as the reason of a failure, and raises it again."""
     record = OutcomeRecord()
     try:
         yield record

@@ -45,6 +45,7 @@ class Owner:
         return requeued or bool(set(self.launches) & set(other.launches))
 
     def shares_machine(self, other: "Owner") -> bool:
+        """Tells whether this process runs on the machine that `here` runs on."""
         mine, others = ((owner.host, owner.boot, owner.namespace) for owner in (self, other))
         return bool(self.boot) and mine == others
 

@@ -40,7 +40,7 @@ class Progression:
             self.bar.start()
 
     def training(self, line: Dict[str, Any]) -> None:
-        """A training line: step, epoch, loss, tokens_per_second, mfu where it is known, learning_rate."""
+        """Reports a training line: step, epoch, loss, tokens_per_second, mfu where it is known, learning_rate."""
         if not self.is_main:
             return
         self.run.append(line)
@@ -55,11 +55,12 @@ class Progression:
             self.say(f"step {line['step']}  {text}  lr {line['learning_rate']:.3g}")
 
     def step(self, done: float) -> None:
+        """Moves the progress bar. done: part of the run that is done, 0 … 1."""
         if self.bar:
             self.bar.update(self.task, completed=done)
 
     def evaluation(self, line: Dict[str, Any]) -> None:
-        """An evaluation line: split, step, epoch and every metric by name."""
+        """Reports an evaluation line: split, step, epoch and every metric by name."""
         if not self.is_main:
             return
         self.run.append(line)
@@ -70,7 +71,7 @@ class Progression:
         self.say(f"{which}epoch {line['epoch']}, {line['split']}:  {shown}")
 
     def say(self, text: str) -> None:
-        """A line for the person watching, on standard error."""
+        """Prints a line for the person watching, on standard error."""
         if not self.is_main:
             return
         if self.bar:
@@ -79,6 +80,7 @@ class Progression:
             print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
+        """Closes the progress bar and the event file."""
         if self.bar:
             self.bar.stop()
             self.bar = None
@@ -107,7 +109,7 @@ def print_results(rows: Dict[str, Dict[str, Any]], title: str) -> None:
 
 
 def print_recommendations(recommendations: Any) -> None:
-    """A table a user on standard output, of recommend.to_table's columns."""
+    """Prints a table a user on standard output, of recommend.to_table's columns."""
     by_user: Dict[str, List[Dict[str, Any]]] = {}
     for row in recommendations.to_pylist():
         by_user.setdefault(row["user"], []).append(row)

@@ -44,6 +44,7 @@ class ScalarWriter:
         self._write(step=step, summary=Summary(value=scalars))
 
     def close(self) -> None:
+        """Closes the event file."""
         if self.file is not None:
             with suppress(OSError):  # of what could not be written, reported before
                 self.file.close()

@@ -18,7 +18,8 @@ OUTSIDE = ("mix", "mix_channels")
 
 
 def check_compiler(device_type: str) -> None:
-    """Compiles a line. Raises UserError where that fails: no C++ compiler for a CPU, no Triton for a GPU, ….
+    """Compiles a line, to see whether that works. Raises UserError where it fails: no C++ compiler for a CPU, no
+    Triton for a GPU, ….
 
     Takes some seconds the first time, and little once torch's cache is filled.
     """

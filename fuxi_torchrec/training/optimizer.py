@@ -16,7 +16,8 @@ from fuxi_torchrec.sharding.model_parallel import local_parts
 def build_optimizer(
     model: DistributedModelParallel, config: OptimizerConfig, table_rate_ratio: float = 1.0
 ) -> CombinedOptimizer:
-    """AdamW on all dense parameters, beside whatever optimizers run inside backward for sharded tables.
+    """Builds the run's optimizers: AdamW on all dense parameters, beside whatever optimizers run inside backward for
+    sharded tables.
 
     Args:
         table_rate_ratio: learning rate of a sharded table over that of the dense parameters.
@@ -48,7 +49,7 @@ def clip_gradients(model: DistributedModelParallel, max_norm: Optional[float]) -
 
 
 def check_parameters(model: DistributedModelParallel, world: World, step: int) -> None:
-    """Raises UserError, on all ranks, where any parameter of the model is not finite."""
+    """Checks that the model's parameters are finite. Raises UserError, on all ranks, where any is not."""
     dense = in_backward_optimizer_filter(model.named_parameters())
     parts = [*(parameter for _, parameter in dense), *(part for _, _, part in local_parts(model))]
     # min and max tell it in one pass without a tensor of the table's size.

@@ -8,7 +8,8 @@ from fuxi_torchrec.config import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, step: int, progress: float) -> float:
-    """Learning rate of the step-th step (from 1): linear warm-up, then constant, or cosine in `progress` (0 … 1)."""
+    """Computes the learning rate of the step-th step (from 1): linear warm-up, then constant, or cosine in `progress`
+    (0 … 1)."""
     if step <= config.warmup_steps:
         return config.learning_rate * step / config.warmup_steps
     if config.schedule == "constant":
@@ -18,5 +19,5 @@ def learning_rate(config: OptimizerConfig, step: int, progress: float) -> float:
 
 
 def step_seed(seed: int, rank: int, step: int) -> int:
-    """torch's seed of a rank's step: dropout is a function of it."""
+    """Computes torch's seed of a rank's step: dropout is a function of it."""
     return int(np.random.SeedSequence([seed, rank, step, 1]).generate_state(1, np.uint64)[0] >> 1)

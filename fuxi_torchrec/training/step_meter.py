@@ -21,8 +21,9 @@ class _Unread(NamedTuple):
 
 
 class StepRecord:
-    """Losses stay on the device until `read` asks for them: a GPU that has to tell its loss at every step stands still
-    meanwhile. Time goes on from `start` to `lap`, so that evaluations and checkpoints are left out.
+    """Losses, tokens, FLOPs and time of the steps since the last log line. Losses stay on the device until `read`
+    asks for them: a GPU that has to tell its loss at every step stands still meanwhile. Time goes on from `start` to
+    `lap`, so that evaluations and checkpoints are left out.
 
     Args:
         world: whose losses are added up.
@@ -41,10 +42,11 @@ class StepRecord:
         self.start()
 
     def start(self) -> None:
+        """Starts the clock."""
         self._since = time.perf_counter()
 
     def lap(self, tokens: int = 0, flops: int = 0) -> None:
-        """A step is over (or what belongs to it), of so many tokens and FLOPs of all ranks."""
+        """Adds the time since the last call, and the tokens and FLOPs of all ranks that it was spent on."""
         now = time.perf_counter()
         self._seconds += now - self._since
         self._since = now
@@ -52,7 +54,7 @@ class StepRecord:
         self._flops += flops
 
     def add_loss(self, step: int, loss_sum: Tensor, positions: int, user_ids_B: Tensor) -> None:
-        """A step's summed loss on this rank, and its positions on all."""
+        """Keeps a step's summed loss on this rank, and its number of tokens on all."""
         self._unread.append(_Unread(step, loss_sum.detach(), positions, user_ids_B))
 
     def read(self, now: int) -> None:
@@ -90,7 +92,8 @@ class StepRecord:
         return not self._unread and not self._losses
 
     def take(self, now: int) -> Dict[str, Any]:
-        """loss, tokens_per_second, and mfu where a peak is known, since the last time; see `read`."""
+        """Returns loss, tokens_per_second, and mfu where a peak is known, of the steps since the last call; see
+        `read`."""
         self.read(now)
         self.lap()  # reading waits for the device
         positions, seconds = sum(count for _, count in self._losses), max(self._seconds, 1e-9)

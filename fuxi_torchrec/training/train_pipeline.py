@@ -17,18 +17,18 @@ from fuxi_torchrec.sharding.model_parallel import is_sharded
 
 
 class BasePipeline:
-    """A batch is taken, moved to the device and computed."""
+    """A pipeline that works on one batch at a time: it is taken, moved to the device and computed."""
 
     def __init__(self, model: nn.Module, device: torch.device):
         self.model, self.device = model, device
 
     def take(self, batches: Iterator[SequenceBatch]) -> Optional[SequenceBatch]:
-        """The next batch, on the device; None at the end."""
+        """Returns the next batch, on the device; None at the end."""
         batch = next(batches, None)
         return None if batch is None else batch.to(self.device, non_blocking=True)
 
     def forward(self, batch: SequenceBatch) -> Tensor:
-        """The summed loss of the batch that was just taken."""
+        """Computes the summed loss of the batch that was just taken, a float32 scalar."""
         return self.model(batch)
 
     def release(self) -> None:
@@ -48,7 +48,7 @@ class SparseDistPipeline(TrainPipelineSparseDist):
         super().__init__(model, None, device, execute_all_batches=True)
 
     def take(self, batches: Iterator[SequenceBatch]) -> Optional[SequenceBatch]:
-        """The next batch, on the device; None at the end. Reads up to two batches ahead."""
+        """Returns the next batch, on the device; None at the end. Reads up to two batches ahead."""
         if not self._model_attached:
             self.attach(self._model, sparse_dist=False)  # the exchange of the waiting batch has begun
         if self._computed:
@@ -62,7 +62,7 @@ class SparseDistPipeline(TrainPipelineSparseDist):
         return self.batches[0]
 
     def forward(self, batch: SequenceBatch) -> Tensor:
-        """The summed loss of the batch that was just taken."""
+        """Computes the summed loss of the batch that was just taken, a float32 scalar."""
         if len(self.batches) >= 2:
             self.start_sparse_data_dist(self.batches[1], self.contexts[1])
         self.enqueue_batch(self._dataloader_iter)
@@ -101,6 +101,6 @@ Pipeline = Union[BasePipeline, SparseDistPipeline]
 
 
 def build_pipeline(config: Config, model: DistributedModelParallel, device: torch.device) -> Pipeline:
-    """Builds trainer.train_pipeline, or what suits the device."""
+    """Builds the pipeline that trainer.train_pipeline names, or that suits the device."""
     kind = config.trainer.train_pipeline or ("sparse_dist" if device.type == "cuda" else "base")
     return SparseDistPipeline(model, device) if kind == "sparse_dist" else BasePipeline(model, device)

@@ -11,7 +11,7 @@ COUNTED = ("users_seen", "tokens", "flops", "best_value", "without_better", "eva
 
 
 class RunState:
-    """The same on every rank, but for where each one's data goes on (`position`).
+    """Progress of a run: the same on every rank, but for where each one's data go on (`position`).
 
     Args:
         config: the run's.
@@ -29,11 +29,11 @@ class RunState:
         self.evaluation_due = False  # where a signal has put one off
 
     def to_dict(self) -> Dict[str, Any]:
-        """What a checkpoint keeps."""
+        """Returns what a checkpoint keeps, as plain values."""
         return {"step": self.step, "epoch": self.epochs_done, **{name: getattr(self, name) for name in COUNTED}}
 
     def restore(self, state: Dict[str, Any], position: Position) -> None:
-        """Goes on from a checkpoint's state."""
+        """Takes over a checkpoint's state."""
         self.position = position
         for name in COUNTED:
             setattr(self, name, state.get(name, getattr(self, name)))
@@ -46,6 +46,7 @@ class RunState:
         self.flops += flops
 
     def begin_epoch(self, epoch: int) -> None:
+        """Moves on to the beginning of an epoch (from 0)."""
         self.position, self.users_seen = Position(epoch=epoch, step=self.step), 0
 
     def evaluated(self, value: float) -> bool:
@@ -59,6 +60,7 @@ class RunState:
 
     @property
     def step(self) -> int:
+        """Number of optimizer steps that were made."""
         return self.position.step
 
     @property
@@ -76,33 +78,40 @@ class RunState:
 
     @property
     def is_finished(self) -> bool:
+        """Whether all epochs, or trainer.max_steps, are done."""
         return self.position.epoch >= self.config.trainer.max_epochs or self.reached_max_steps
 
     @property
     def reached_max_steps(self) -> bool:
+        """Whether trainer.max_steps are done."""
         return self.config.trainer.max_steps is not None and self.step >= self.config.trainer.max_steps
 
     @property
     def patience_is_out(self) -> bool:
+        """Whether trainer.patience evaluations in a row found no better model."""
         patience = self.config.trainer.patience
         return patience is not None and self.without_better >= patience
 
     def evaluates_after_step(self) -> bool:
+        """Tells whether an evaluation is due after this step."""
         every = self.config.evaluation.every_steps
         return every is not None and self.step % every == 0
 
     def saves_after_step(self) -> bool:
+        """Tells whether a checkpoint is due after this step."""
         every = self.config.trainer.checkpoint_every_steps
         return every is not None and self.step % every == 0 and not self.is_finished
 
     def evaluates_after_epoch(self, epoch: int) -> bool:
+        """Tells whether an evaluation is due after this epoch (from 0)."""
         every, already = self.config.evaluation.every_epochs, self.evaluated_step == self.step
         return not already and (self.is_finished or bool(every and (epoch + 1) % every == 0))
 
     def saves_after_epoch(self, epoch: int) -> bool:
+        """Tells whether a checkpoint is due after this epoch (from 0)."""
         return (epoch + 1) % self.config.trainer.checkpoint_every_epochs == 0 or self.is_finished
 
     def chooses_nothing(self) -> bool:
-        """Whether only the last model is to be evaluated, and that at the very end."""
+        """Tells whether only the last model is to be evaluated, and that at the very end."""
         evaluation = self.config.evaluation
         return self.best_value is None and evaluation.every_epochs is None and evaluation.every_steps is None

@@ -162,8 +162,8 @@ class Trainer:
             self.progression.close()
 
     def counted(self) -> Dict[str, Any]:
-        """What the run is made of and took so far: sizes, tokens (over all ranks and epochs, of an early end too) and exact
-        FLOPs."""
+        """Sums up what the run is made of and took so far: sizes, tokens (over all ranks and epochs, of an early end
+        too) and exact FLOPs."""
         config = self.config
         return {
             "processes": self.world.size,

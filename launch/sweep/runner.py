@@ -32,7 +32,7 @@ OVER = ("finished", "failed")
 
 @dataclass
 class Job:
-    """How far a run has come: status is waiting, running, finished or failed; handle is TorchX's, of the last attempt."""
+    """State of a run: status is waiting, running, finished or failed; handle is TorchX's, of the last attempt."""
 
     status: str = "waiting"
     reason: str = ""
@@ -49,7 +49,8 @@ class Ended:
 
 
 class Sweep:
-    """Runs a plan in its folder: jobs.json (what was submitted), the run folders, logs/, results.parquet and .csv.
+    """A plan that is being run in its folder: jobs.json (what was submitted), the run folders, logs/, results.parquet
+    and .csv.
 
     Args:
         plan: what is to be run.
@@ -88,7 +89,7 @@ class Sweep:
             time.sleep(POLL_SECONDS[self.is_local])
 
     def rows(self) -> List[Dict[str, Any]]:
-        """The results table, a row a run, in the sweep's order."""
+        """Returns the results table, a row a run, in the sweep's order."""
         rows = []
         for name, job in self.jobs.items():
             about = {"run": name, "status": job.status, "reason": job.reason, "attempts": job.attempts}
@@ -106,7 +107,7 @@ class Sweep:
         return os.path.join(self.folder, self.plan.runs_folder, name)
 
     def put_back(self) -> None:
-        """Runs of this machine that ended with the sweep itself are waiting again, not failed."""
+        """Sets runs of this machine that ended with the sweep itself to waiting again, not failed."""
         for name in self._with("running") if self.is_local else []:
             self.jobs[name].status = "waiting"
         self._save()
@@ -228,7 +229,7 @@ def prepare_missing(sweep: Sweep) -> None:
 
 @contextmanager
 def only_one(folder: str) -> Iterator[None]:
-    """Raises UserError where another process runs a sweep in this folder."""
+    """Holds the sweep folder's lock. Raises UserError where another process runs a sweep in this folder."""
     try:
         os.makedirs(folder, exist_ok=True)
         lock = open(os.path.join(folder, LOCK_FILE), "a", encoding="utf-8")
