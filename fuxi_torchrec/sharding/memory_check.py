@@ -29,7 +29,7 @@ def check_memory(config: Config, identity: DatasetIdentity, memory: int) -> None
     """Checks the same against `memory` bytes of a rank."""
     parameters = non_embedding_parameters(config.model, config.padded_length)
     parameters += config.padded_length * config.model.embedding_dim
-    needed = COPIES * parameters * FLOAT_BYTES
+    needed: float = COPIES * parameters * FLOAT_BYTES
     if needed > memory:
         raise UserError(
             f"model: {parameters:,} parameters with their gradient and AdamW's moments take {needed / GIB:,.1f} GiB, and a "
