@@ -35,7 +35,7 @@ from benchmarks.research_step import LONGEST, Shape, draw_users
 from fuxi_torchrec.config import Config, DataConfig, LossConfig, ModelConfig, TableConfig, TrainerConfig
 from fuxi_torchrec.data.dataset import RowGroup, UserRows
 from fuxi_torchrec.data.format import DatasetIdentity
-from fuxi_torchrec.data.loader import Position
+from fuxi_torchrec.data.loader import StreamCursor
 from fuxi_torchrec.distributed.world import World, start_world
 from fuxi_torchrec.evaluation.full_ranking import rank_targets
 from fuxi_torchrec.ops.ranking import Seen
@@ -88,16 +88,16 @@ class ShardedStep:
         run = RunFolder(stack.enter_context(tempfile.TemporaryDirectory()))
         self.trainer = build_trainer(sharded_config(options.users, options.negatives), dataset, run, world)
         stack.callback(self.trainer.progression.close)
-        self.position = Position()
+        self.cursor = StreamCursor()
 
     def step(self) -> float:
         """Seconds of one step, the ranks having begun together."""
         dist.barrier()
         start = time.perf_counter()
-        (batch,) = self.trainer.stream.epoch(self.position)
+        (batch,) = self.trainer.stream.epoch(self.cursor)
         self.trainer.step(batch)
         seconds = time.perf_counter() - start
-        self.position = replace(self.position, epoch=self.position.epoch + 1, step=batch.position.step)
+        self.cursor = replace(self.cursor, epoch=self.cursor.epoch + 1, step=batch.cursor.step)
         return seconds
 
     def bytes(self) -> Dict[str, int]:

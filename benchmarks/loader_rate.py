@@ -4,7 +4,7 @@
 
 Writes data sets in ML-1M's shape (3,706 items, 20 to 199 supervised events a user) to a temporary folder, `--times` the
 shuffle buffer large, and reads a whole epoch of each in a fresh process of one thread: Parquet, shuffling, collation,
-and 128 negatives a position (`per_token`) or none. Events are supervised positions. What training takes is measured on
+and 128 negatives a token (`per_token`) or none. Events are supervised tokens. What training takes is measured on
 such a data set by `Trainer`'s step of the ML-1M base model, on all cores, between the measurements of the loader.
 "Beyond imports" is the peak resident memory (VmHWM) less what there was once everything was imported. Prints one JSON
 line a measurement and a Markdown table.
@@ -28,7 +28,7 @@ from data_pipelines.output import OutputFolder
 from data_pipelines.writer import Sequences, SequenceWriter
 from fuxi_torchrec.config import Config, DataConfig, LossConfig, ModelConfig, TrainerConfig
 from fuxi_torchrec.data.dataset import SequenceDataset
-from fuxi_torchrec.data.loader import Position, TrainingStream
+from fuxi_torchrec.data.loader import StreamCursor, TrainingStream
 from fuxi_torchrec.data.negative_sampler import NegativeSampler
 from fuxi_torchrec.distributed.world import World, start_world
 from fuxi_torchrec.run.folder import RunFolder
@@ -71,8 +71,8 @@ def read_epoch(world: World, folder: str, shuffle_buffer: int, with_negatives: b
     stream = TrainingStream(dataset, config.data, sampler, 0)
     events = batches = 0
     start = time.perf_counter()
-    for batch in stream.epoch(Position()):
-        events += batch.num_positions
+    for batch in stream.epoch(StreamCursor()):
+        events += batch.num_tokens
         batches += 1
         if most is not None and events >= most:
             break
@@ -93,13 +93,13 @@ def training_rate(folder: str, shuffle_buffer: int, steps: int) -> Dict:
     with tempfile.TemporaryDirectory() as run, start_world("cpu") as world:
         trainer = build_trainer(config, SequenceDataset(folder), RunFolder(run), world)
         rates: List[float] = []
-        batches = trainer.stream.epoch(Position())
+        batches = trainer.stream.epoch(StreamCursor())
         for step in range(steps + 1):
             start = time.perf_counter()
             batch = next(batches)
             trainer.step(batch)
             if step:  # the first one warms up, and reads the buffer
-                rates.append(batch.num_positions / (time.perf_counter() - start))
+                rates.append(batch.num_tokens / (time.perf_counter() - start))
         trainer.progression.close()
     return {"steps": steps, "events_per_second": round(statistics.median(rates)), "quickest": round(max(rates))}
 

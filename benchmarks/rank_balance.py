@@ -1,9 +1,9 @@
-"""How even the ranks' work is: supervised positions a rank has in each step of an epoch.
+"""How even the ranks' work is: supervised tokens a rank has in each step of an epoch.
 
     python -m benchmarks.rank_balance DATA_DIR [--ranks 2 4 8] [--batch-size 128] [--tokens-per-batch N] [--epochs 5]
 
 The ranks' streams are read in this one process; nothing is timed. A step takes as long as its slowest rank, so "pace" is
-Σ over steps of the most positions a rank has, over Σ of the mean: 1 is even, 1.2 means that a sixth of the ranks' time
+Σ over steps of the most tokens a rank has, over Σ of the mean: 1 is even, 1.2 means that a sixth of the ranks' time
 is spent waiting, ranks that have no data left at an epoch's end included. "Full steps" is the mean of most / mean over the
 steps in which every rank has its batch. `--shuffle-buffer` below the number of users shows what larger data sets get,
 whose row groups are dealt to the ranks.
@@ -16,16 +16,16 @@ import numpy as np
 
 from fuxi_torchrec.config import DataConfig
 from fuxi_torchrec.data.dataset import SequenceDataset
-from fuxi_torchrec.data.loader import Position, TrainingStream
+from fuxi_torchrec.data.loader import StreamCursor, TrainingStream
 
 
 def positions_of_steps(folder: str, config: DataConfig, ranks: int, epoch: int) -> np.ndarray:
-    """Supervised positions [steps, ranks] of an epoch; 0 where a rank has no batch left."""
+    """Supervised tokens [steps, ranks] of an epoch; 0 where a rank has no batch left."""
     dataset = SequenceDataset(folder)
     counts: List[List[int]] = []
     for rank in range(ranks):
         stream = TrainingStream(dataset, config, None, 0, rank, ranks)
-        counts.append([batch.num_positions for batch in stream.epoch(Position(epoch=epoch))])
+        counts.append([batch.num_tokens for batch in stream.epoch(StreamCursor(epoch=epoch))])
     steps = max(map(len, counts))
     return np.array([some + [0] * (steps - len(some)) for some in counts]).T
 

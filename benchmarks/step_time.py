@@ -26,7 +26,7 @@ import torch
 from benchmarks.research_step import LONGEST, SHAPES, PaddedUsers, ResearchStep, Shape, draw_users
 from fuxi_torchrec.bench.random_dataset import MemoryDataset
 from fuxi_torchrec.config import Config, DataConfig, ModelConfig, TrainerConfig
-from fuxi_torchrec.data.loader import Position
+from fuxi_torchrec.data.loader import StreamCursor
 from fuxi_torchrec.distributed.world import start_world
 from fuxi_torchrec.run.folder import RunFolder
 from fuxi_torchrec.training.build import build_trainer
@@ -60,13 +60,13 @@ class OwnStep:
         world = stack.enter_context(start_world("cpu"))
         self.trainer = build_trainer(config, memory_dataset(shape, users), run, world)
         stack.callback(self.trainer.progression.close)
-        self.position = Position()
+        self.cursor = StreamCursor()
 
     def step(self) -> float:
-        (batch,) = self.trainer.stream.epoch(self.position)
+        (batch,) = self.trainer.stream.epoch(self.cursor)
         self.trainer.step(batch)
         loss = self.trainer.record.loss
-        self.position = replace(self.position, epoch=self.position.epoch + 1, step=batch.position.step)
+        self.cursor = replace(self.cursor, epoch=self.cursor.epoch + 1, step=batch.cursor.step)
         return loss
 
 

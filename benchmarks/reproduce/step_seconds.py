@@ -19,7 +19,7 @@ import torch
 
 from fuxi_torchrec.config.parsing import load_config
 from fuxi_torchrec.data.dataset import SequenceDataset
-from fuxi_torchrec.data.loader import Position
+from fuxi_torchrec.data.loader import StreamCursor
 from fuxi_torchrec.distributed.world import World, start_world
 from fuxi_torchrec.run.folder import RunFolder
 from fuxi_torchrec.training.build import build_trainer
@@ -33,14 +33,14 @@ class Stepper:
         run = RunFolder(stack.enter_context(tempfile.TemporaryDirectory()))
         self.trainer = build_trainer(config, dataset, run, world)
         stack.callback(self.trainer.progression.close)
-        self.batches = self.trainer.stream.epoch(Position())
+        self.batches = self.trainer.stream.epoch(StreamCursor())
 
     def step(self) -> float:
         """Seconds of the step."""
         started = time.perf_counter()
         batch = next(self.batches, None)
         if batch is None:
-            self.batches = self.trainer.stream.epoch(Position(epoch=self.trainer.state.position.epoch + 1))
+            self.batches = self.trainer.stream.epoch(StreamCursor(epoch=self.trainer.state.cursor.epoch + 1))
             return self.step()
         self.trainer.step(batch)
         return time.perf_counter() - started

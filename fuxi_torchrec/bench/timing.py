@@ -17,7 +17,7 @@ import torch
 from fuxi_torchrec.bench.random_dataset import random_dataset
 from fuxi_torchrec.config import Config, DataConfig, EncoderName
 from fuxi_torchrec.data.batch import SequenceBatch
-from fuxi_torchrec.data.loader import Position, TrainingStream
+from fuxi_torchrec.data.loader import StreamCursor, TrainingStream
 from fuxi_torchrec.distributed.world import World
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.profiling.flops import non_embedding_parameters, training_flops
@@ -86,10 +86,10 @@ class BenchCase:
 
     def _batches(self) -> Iterator[SequenceBatch]:
         """An epoch after the other, each of one batch."""
-        position = Position()
+        cursor = StreamCursor()
         while True:
-            for batch in self.stream.epoch(position):
-                position = Position(epoch=position.epoch + 1, step=batch.position.step)
+            for batch in self.stream.epoch(cursor):
+                cursor = StreamCursor(epoch=cursor.epoch + 1, step=batch.cursor.step)
                 self.host_lengths, self.candidates = batch.host_lengths, batch.num_candidates
                 yield batch
 
@@ -102,7 +102,7 @@ class BenchCase:
                 batch = self.trainer.pipeline.take(self.batches)
             assert batch is not None  # there is always another epoch
             self.trainer.step(batch)
-            self.trainer.record.read(batch.position.step)
+            self.trainer.record.read(batch.cursor.step)
             seconds, stages = time.perf_counter() - start, clock.take()
             return {**stages, "step": seconds, "other": seconds - sum(stages.values())}
 

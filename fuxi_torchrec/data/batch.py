@@ -42,7 +42,7 @@ class SequenceBatch(Pipelineable):
     negatives: how positions are set against the negatives' ids; None: there is no loss to take.
     user_ids_B: int64, on the host.
     target_log_prob_B: float64 on the host, the generator's own log p of each user's last event (synthetic data).
-    position: the loader's position behind this batch (what a checkpoint keeps).
+    cursor: where the stream stands behind this batch (what a checkpoint keeps).
     """
 
     ids: KeyedJaggedTensor
@@ -53,10 +53,10 @@ class SequenceBatch(Pipelineable):
     user_ids_B: Tensor
     negatives: Optional[Negatives] = None
     target_log_prob_B: Optional[Tensor] = None
-    position: Any = None
+    cursor: Any = None
 
     @property
-    def num_positions(self) -> int:
+    def num_tokens(self) -> int:
         """Number of supervised tokens, T."""
         return self.input_index_T.numel()
 
@@ -102,7 +102,7 @@ def collate(
     windows: Windows,
     sampler: Optional[NegativeSampler] = None,
     step: int = 0,
-    position: Any = None,
+    cursor: Any = None,
 ) -> SequenceBatch:
     """Builds the batch of some users' windows; no users give a batch of one empty one, with which a rank keeps step."""
     start_B, stop_B = windows.start_U, windows.stop_U
@@ -125,7 +125,7 @@ def collate(
         user_ids_B=torch.from_numpy(windows.user_ids_U),
         negatives=None if drawn is None else drawn.negatives,
         target_log_prob_B=None if rows.log_probs_E is None else torch.from_numpy(rows.log_probs_E[stop_B - 1]),
-        position=position,
+        cursor=cursor,
     )
 
 

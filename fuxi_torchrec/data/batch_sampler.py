@@ -1,7 +1,7 @@
 """Which users a rank gets in an epoch, in which order, and how a global batch is shared, so that no rank keeps the others
 waiting. A step takes as long as its slowest rank, and users' lengths differ.
 
-A data set within one shuffle buffer is read by every rank, and each global batch is dealt user by user. Of a larger one
+A data set within one shuffle buffer is read by every rank, and each global batch is assigned user by user. Of a larger one
 each rank reads its own row groups; then the order inside a buffer is what makes the ranks' batches alike.
 
 Shape suffix: U users.
@@ -16,7 +16,7 @@ from fuxi_torchrec.data.dataset import RowGroup
 
 
 @dataclass(frozen=True)
-class Position:
+class StreamCursor:
     """Where a training stream is: `taken` users of buffer `buffer` of epoch `epoch` are behind it, after `step` batches
     in all (the step decides the negatives)."""
 
@@ -77,55 +77,55 @@ class Buffer:
 Piece = TypeVar("Piece", Rows, Buffer)
 
 
-def deal_epoch(
-    rows: Sequence[Rows], epoch: int, deals: Sequence[Sequence[Position]], ranks: int, buffer_users: int
+def assign_epoch(
+    rows: Sequence[Rows], epoch: int, earlier_cursors: Sequence[Sequence[StreamCursor]], ranks: int, buffer_users: int
 ) -> List[List[Buffer]]:
     """Assigns an epoch's users to the ranks, as buffers of each, or what is left of them where other worlds began the
     epoch.
 
     Args:
         rows: the epoch's row groups, in its order.
-        deals: where the ranks of each earlier world stood in this epoch when that world ended.
+        earlier_cursors: the cursors at which the ranks of each earlier world ended in this epoch.
         buffer_users: shuffle_buffer.
     """
     users = sum(piece.users for piece in rows)
     if users <= buffer_users:
-        taken = max((position.taken for world in deals for position in world), default=0)
+        taken = max((cursor.taken for world in earlier_cursors for cursor in world), default=0)
         return [[Buffer(tuple(rows), (epoch, 0, 0), taken, users, shared=True)]] * ranks
-    begun: List[Buffer] = []
-    for generation, positions in enumerate(deals):
-        begun, rows = _unfinished(_deal(rows, begun, len(positions), epoch, generation, buffer_users), positions)
-    return _deal(rows, begun, ranks, epoch, len(deals), buffer_users)
+    resumed: List[Buffer] = []
+    for reshard_count, cursors in enumerate(earlier_cursors):
+        resumed, rows = _unfinished(_assign(rows, resumed, len(cursors), epoch, reshard_count, buffer_users), cursors)
+    return _assign(rows, resumed, ranks, epoch, len(earlier_cursors), buffer_users)
 
 
-def _deal(
-    rows: Sequence[Rows], begun: Sequence[Buffer], ranks: int, epoch: int, generation: int, buffer_users: int
+def _assign(
+    rows: Sequence[Rows], resumed: Sequence[Buffer], ranks: int, epoch: int, reshard_count: int, buffer_users: int
 ) -> List[List[Buffer]]:
-    """Buffers of every rank: first what an earlier world had begun, in its old order, then new ones."""
-    dealt = cut_evenly(begun, ranks)
-    for rank, hand in enumerate(cut_evenly(rows, ranks)):
-        for number, part in enumerate(_buffers(hand, buffer_users)):
-            # A later deal draws other orders than the first, whose ranks and numbers it would repeat.
-            key = (epoch, rank, number, generation) if generation else (epoch, rank, number)
-            dealt[rank].append(Buffer(tuple(part), key, 0, sum(piece.users for piece in part)))
-    return dealt
+    """Assigns buffers to every rank: first those that an earlier world had begun, in their old order, then new ones."""
+    assigned = cut_evenly(resumed, ranks)
+    for rank, shard in enumerate(cut_evenly(rows, ranks)):
+        for number, part in enumerate(_buffers(shard, buffer_users)):
+            # A later assignment draws other orders than the first, whose ranks and numbers it would repeat.
+            key = (epoch, rank, number, reshard_count) if reshard_count else (epoch, rank, number)
+            assigned[rank].append(Buffer(tuple(part), key, 0, sum(piece.users for piece in part)))
+    return assigned
 
 
 def cut_evenly(pieces: Sequence[Piece], ranks: int) -> List[List[Piece]]:
     """Lays the pieces' users end to end and cuts that line into equally long parts: only a piece at a cut is shared."""
     ends = np.cumsum([piece.users for piece in pieces], dtype=np.int64)
     total = int(ends[-1]) if len(ends) else 0
-    dealt: List[List[Piece]] = []
+    assigned: List[List[Piece]] = []
     for rank in range(ranks):
         low, high = total * rank // ranks, total * (rank + 1) // ranks
         first, last = int(np.searchsorted(ends, low, side="right")), int(np.searchsorted(ends, high, side="left"))
-        hand = []
+        shard = []
         for piece, end in zip(pieces[first : last + 1], ends[first : last + 1].tolist()):
             begin = end - piece.users
             if max(low, begin) < min(high, end):
-                hand.append(piece.cut(max(low, begin) - begin, min(high, end) - begin))
-        dealt.append(hand)
-    return dealt
+                shard.append(piece.cut(max(low, begin) - begin, min(high, end) - begin))
+        assigned.append(shard)
+    return assigned
 
 
 def _buffers(rows: Sequence[Rows], users: int) -> List[List[Rows]]:
@@ -141,20 +141,20 @@ def _buffers(rows: Sequence[Rows], users: int) -> List[List[Rows]]:
     return parts
 
 
-def _unfinished(dealt: Sequence[Sequence[Buffer]], positions: Sequence[Position]) -> Tuple[List[Buffer], List[Rows]]:
-    """What the ranks of an earlier world left: buffers already begun (anything but untouched), and row groups."""
-    begun: List[Buffer] = []
+def _unfinished(assigned: Sequence[Sequence[Buffer]], cursors: Sequence[StreamCursor]) -> Tuple[List[Buffer], List[Rows]]:
+    """Finds what the ranks of an earlier world left: buffers that they had begun, and untouched row groups."""
+    resumed: List[Buffer] = []
     rows: List[Rows] = []
-    for buffers, position in zip(dealt, positions):
-        for number in range(position.buffer, len(buffers)):
+    for buffers, cursor in zip(assigned, cursors):
+        for number in range(cursor.buffer, len(buffers)):
             buffer = buffers[number]
-            taken = max(buffer.begin, position.taken if number == position.buffer else 0)
+            taken = max(buffer.begin, cursor.taken if number == cursor.buffer else 0)
             whole = sum(piece.users for piece in buffer.rows)
             if (taken, buffer.end) == (0, whole):
                 rows += buffer.rows
             elif taken < buffer.end:
-                begun.append(replace(buffer, begin=taken))
-    return begun, rows
+                resumed.append(replace(buffer, begin=taken))
+    return resumed, rows
 
 
 def even_order(lengths_U: np.ndarray, random: np.random.Generator) -> np.ndarray:
@@ -190,24 +190,24 @@ def next_batch(lengths_U: np.ndarray, ranks: int, users: int, tokens: Optional[i
     room = ranks * tokens
     while True:
         end = max(int(np.searchsorted(ends_U, room, side="right")), 1)
-        taker_U = _share(lengths_U[:end], ranks)
-        most = np.bincount(taker_U, weights=lengths_U[:end]).max()
+        rank_of_user_U = _share(lengths_U[:end], ranks)
+        most = np.bincount(rank_of_user_U, weights=lengths_U[:end]).max()
         if most <= tokens or end <= ranks:
-            return taker_U
+            return rank_of_user_U
         room = min(room - int(most - tokens), int(ends_U[end - 1]) - 1)
 
 
 def _share(lengths_U: np.ndarray, ranks: int) -> np.ndarray:
     """Who takes which user: in rounds from the longest users to the shortest, each rank gets one, the rank with the
     fewest tokens so far the longest. Counts are equal to within one."""
-    taker_U = np.zeros(len(lengths_U), dtype=np.int64)
+    rank_of_user_U = np.zeros(len(lengths_U), dtype=np.int64)
     if ranks == 1:
-        return taker_U
+        return rank_of_user_U
     by_length_U = np.argsort(-lengths_U, kind="stable")
     tokens_R = np.zeros(ranks, dtype=np.int64)
     for begin in range(0, len(by_length_U), ranks):
         round_U = by_length_U[begin : begin + ranks]
-        takers = np.argsort(tokens_R, kind="stable")[: len(round_U)]
-        taker_U[round_U] = takers
-        tokens_R[takers] += lengths_U[round_U]
-    return taker_U
+        ranks_of_round = np.argsort(tokens_R, kind="stable")[: len(round_U)]
+        rank_of_user_U[round_U] = ranks_of_round
+        tokens_R[ranks_of_round] += lengths_U[round_U]
+    return rank_of_user_U

@@ -1,8 +1,8 @@
-"""Streams of batches. What comes next is a function of (seed, epoch, rank, position), so a position resumes exactly.
+"""Streams of batches. What comes next is a function of (seed, epoch, rank, cursor), so a cursor resumes exactly.
 
-An epoch shuffles the row groups, deals them to the ranks, and shuffles the users inside buffers of row groups
-(batch_sampler.py). Only the current buffer is in memory; a position is (epoch, buffer, users already taken of it). What is left
-of an epoch can be dealt again to another number of ranks: no user is seen twice, and none is left out.
+An epoch shuffles the row groups, assigns them to the ranks, and shuffles the users inside buffers of row groups
+(batch_sampler.py). Only the current buffer is in memory; a cursor is (epoch, buffer, users already taken of it). What is left
+of an epoch can be assigned again to another number of ranks: no user is seen twice, and none is left out.
 """
 
 from dataclasses import replace
@@ -14,9 +14,9 @@ from fuxi_torchrec.config import Config, DataConfig
 from fuxi_torchrec.data.batch import SequenceBatch, collate
 from fuxi_torchrec.data.batch_sampler import (
     Buffer,
-    Position,
+    StreamCursor,
+    assign_epoch,
     cut_evenly,
-    deal_epoch,
     even_order,
     next_batch,
     whole_groups,
@@ -45,35 +45,39 @@ def check_same_order(where: str, state: Dict[str, Any], config: Config) -> None:
         state: a checkpoint's, with the "config" that it was made under.
         config: the one to go on with.
     """
-    positions = [Position(**position) for position in state["positions"]]
-    if not is_inside_epoch(positions):
+    cursors = [StreamCursor(**cursor) for cursor in state["positions"]]
+    if not is_inside_epoch(cursors):
         return
     for section, key in EPOCH_ORDER:
         was, wanted = state["config"][section].get(key), getattr(getattr(config, section), key)
         if was != wanted:
             raise UserError(
-                f"{where}: {section}.{key} was {was} when epoch {positions[0].epoch + 1} was begun, not {wanted}; in the "
+                f"{where}: {section}.{key} was {was} when epoch {cursors[0].epoch + 1} was begun, not {wanted}; in the "
                 "middle of an epoch that would leave users out and train on others twice: change it at an epoch's end"
             )
 
 
-def is_inside_epoch(positions: Iterable[Position]) -> bool:
+def is_inside_epoch(cursors: Iterable[StreamCursor]) -> bool:
     """Tells whether any rank has taken a user of the epoch."""
-    return any(position.buffer or position.taken for position in positions)
+    return any(cursor.buffer or cursor.taken for cursor in cursors)
 
 
-def positions_after(state: Dict[str, Any], rank: int, world_size: int) -> Tuple[Position, List[List[Position]]]:
-    """Where a rank goes on from what was saved ("positions" of all ranks, earlier "deals"), and the stream's deals.
+def cursor_after(state: Dict[str, Any], rank: int, world_size: int) -> Tuple[StreamCursor, List[List[StreamCursor]]]:
+    """Finds the resume point of one rank: its cursor, and the epoch's earlier assignments.
 
-    At another world size the rest of the epoch is dealt anew.
+    At the same world size each rank takes its own cursor back; at another, in the middle of an epoch, every rank starts on a
+    new assignment of the users that are left.
+
+    Args:
+        state: a checkpoint's, with "positions" (the cursors of all ranks) and "deals" (those of earlier worlds).
     """
-    positions = [Position(**position) for position in state["positions"]]
-    deals = [[Position(**position) for position in world] for world in state["deals"]]
-    epoch = positions[0].epoch
-    deals = [world for world in deals if world[0].epoch == epoch]
-    if len(positions) == world_size or not is_inside_epoch(positions):
-        return positions[rank % len(positions)], deals
-    return Position(epoch=epoch, step=positions[0].step), [*deals, positions]
+    cursors = [StreamCursor(**cursor) for cursor in state["positions"]]
+    earlier_cursors = [[StreamCursor(**cursor) for cursor in world] for world in state["deals"]]
+    epoch = cursors[0].epoch
+    earlier_cursors = [world for world in earlier_cursors if world[0].epoch == epoch]
+    if len(cursors) == world_size or not is_inside_epoch(cursors):
+        return cursors[rank % len(cursors)], earlier_cursors
+    return StreamCursor(epoch=epoch, step=cursors[0].step), [*earlier_cursors, cursors]
 
 
 class TrainingStream:
@@ -86,7 +90,7 @@ class TrainingStream:
         rank, world_size: whose part of the epoch it is.
 
     Attributes:
-        deals: where the ranks of each earlier world stood in the current epoch when that world ended.
+        earlier_cursors: the cursors at which the ranks of each earlier world ended in the current epoch.
     """
 
     def __init__(
@@ -100,39 +104,39 @@ class TrainingStream:
     ):
         self.dataset, self.config, self.sampler, self.seed = dataset, config, sampler, seed
         self.rank, self.world_size = rank, world_size
-        self.deals: List[List[Position]] = []
+        self.earlier_cursors: List[List[StreamCursor]] = []
 
-    def epoch(self, position: Position) -> Iterator[SequenceBatch]:
+    def epoch(self, cursor: StreamCursor) -> Iterator[SequenceBatch]:
         """Yields the batches of the rest of an epoch. No user is dropped: the last batch of a buffer may be smaller
         than the others."""
-        buffers = self._buffers(position.epoch)
-        for number in range(position.buffer, len(buffers)):
+        buffers = self._buffers(cursor.epoch)
+        for number in range(cursor.buffer, len(buffers)):
             buffer = buffers[number]
             rank, ranks = (self.rank, self.world_size) if buffer.shared else (0, 1)
-            taken = max(buffer.begin, position.taken if number == position.buffer else 0)
+            taken = max(buffer.begin, cursor.taken if number == cursor.buffer else 0)
             rows, users = self._read(buffer)
             lengths_U = users.stop_U - users.start_U - 1
             while taken < len(lengths_U):
                 most = self._most_users(buffer, len(lengths_U) - taken)
-                taker_U = next_batch(lengths_U[taken:], ranks, most, self.config.tokens_per_batch)
-                mine = users.take(taken + np.flatnonzero(taker_U == rank))
-                taken += len(taker_U)
-                position = replace(position, buffer=number, taken=taken, step=position.step + 1)
-                yield collate(rows, mine, self.sampler, step=position.step, position=position)
+                rank_of_user_U = next_batch(lengths_U[taken:], ranks, most, self.config.tokens_per_batch)
+                mine = users.take(taken + np.flatnonzero(rank_of_user_U == rank))
+                taken += len(rank_of_user_U)
+                cursor = replace(cursor, buffer=number, taken=taken, step=cursor.step + 1)
+                yield collate(rows, mine, self.sampler, step=cursor.step, cursor=cursor)
 
-    def empty_batch(self, position: Position) -> SequenceBatch:
+    def empty_batch(self, cursor: StreamCursor) -> SequenceBatch:
         """Makes a batch without users, with which a rank whose data have ended takes part in a step of the others."""
         nothing = np.zeros(0, dtype=np.int64)
         rows = UserRows(nothing, np.zeros(1, dtype=np.int64), nothing, nothing)
-        position = replace(position, step=position.step + 1)
-        return collate(rows, Windows(nothing, nothing, nothing), self.sampler, step=position.step, position=position)
+        cursor = replace(cursor, step=cursor.step + 1)
+        return collate(rows, Windows(nothing, nothing, nothing), self.sampler, step=cursor.step, cursor=cursor)
 
     def _buffers(self, epoch: int) -> List[Buffer]:
         """This rank's buffers of an epoch, each of about shuffle_buffer users."""
         order = self._random(epoch).permutation(len(self.dataset.row_groups))
         rows = whole_groups([self.dataset.row_groups[index] for index in order])
-        deals = self.deals if self.deals and self.deals[0][0].epoch == epoch else []
-        return deal_epoch(rows, epoch, deals, self.world_size, self.config.shuffle_buffer)[self.rank]
+        earlier = [world for world in self.earlier_cursors if world[0].epoch == epoch]
+        return assign_epoch(rows, epoch, earlier, self.world_size, self.config.shuffle_buffer)[self.rank]
 
     def _read(self, buffer: Buffer) -> Tuple[UserRows, Windows]:
         """A buffer's events, and its users in their order."""

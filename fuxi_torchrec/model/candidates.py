@@ -55,7 +55,7 @@ def shared_candidates(
         negatives: the batch's; logits are weighed by logQ where it has expected draws.
     """
     ids_P, embeddings_PD = batch.ids[NEGATIVES].values(), pool_PD
-    share, in_batch = RankShare(ids_P.numel(), 0, batch.num_positions, 1.0), negatives.in_batch
+    share, in_batch = RankShare(ids_P.numel(), 0, batch.num_tokens, 1.0), negatives.in_batch
     if in_batch is not None:
         positive_ids_T = batch.ids[EVENTS].values()[batch.input_index_T + 1]
         ids_P = torch.cat([ids_P, positive_ids_T[in_batch.index_N]])

@@ -95,7 +95,7 @@ class Tower(nn.Module):
         embeddings."""
         inputs_T, targets_T = batch.input_index_T, batch.input_index_T + 1
         layout = JaggedLayout(
-            batch.offsets_B1, max(batch.host_lengths), batch.num_positions, host_lengths=batch.host_lengths
+            batch.offsets_B1, max(batch.host_lengths), batch.num_tokens, host_lengths=batch.host_lengths
         )
         with torch.autocast(events_ED.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             outputs_TD = self.encoder(

@@ -9,7 +9,7 @@ from fuxi_torchrec.checkpoint.manager import Checkpoints
 from fuxi_torchrec.config import Config
 from fuxi_torchrec.config.unused import Resolved, unused_keys
 from fuxi_torchrec.data.dataset import SequenceDataset
-from fuxi_torchrec.data.loader import TrainingStream, check_same_order, positions_after
+from fuxi_torchrec.data.loader import TrainingStream, check_same_order, cursor_after
 from fuxi_torchrec.data.negative_sampler import NegativeSampler, training_frequency
 from fuxi_torchrec.distributed.world import World
 from fuxi_torchrec.errors import UserError
@@ -61,8 +61,8 @@ def build_trainer(
         saved = checkpoints.load_newest(model, optimizer, lambda text: _say(text, world))
         _check_resumable(saved, config, dataset, run, world, checkpoints.folder)
         if saved is not None:
-            position, stream.deals = positions_after(saved, world.rank, world.size)
-            state.restore(saved, position)
+            cursor, stream.earlier_cursors = cursor_after(saved, world.rank, world.size)
+            state.restore(saved, cursor)
     else:
         checkpoints.refuse_others()
     if world.is_main:

@@ -16,7 +16,7 @@ class _Unread(NamedTuple):
 
     step: int
     loss_sum: Tensor  # this rank's, on the device
-    positions: int  # all ranks'
+    tokens: int  # all ranks'
     user_ids_B: Tensor
 
 
@@ -53,9 +53,9 @@ class StepRecord:
         self._tokens += tokens
         self._flops += flops
 
-    def add_loss(self, step: int, loss_sum: Tensor, positions: int, user_ids_B: Tensor) -> None:
+    def add_loss(self, step: int, loss_sum: Tensor, tokens: int, user_ids_B: Tensor) -> None:
         """Keeps a step's summed loss on this rank, and its number of tokens on all."""
-        self._unread.append(_Unread(step, loss_sum.detach(), positions, user_ids_B))
+        self._unread.append(_Unread(step, loss_sum.detach(), tokens, user_ids_B))
 
     def read(self, now: int) -> None:
         """Reads the losses since the last time; the newest is `loss` then. A collective, all ranks read alike.
@@ -68,10 +68,10 @@ class StepRecord:
         here_S = torch.stack([step.loss_sum for step in unread]).double()
         mine, totals = here_S.tolist(), self.world.sum(here_S).tolist()
         for step, loss_sum, total in zip(unread, mine, totals):
-            loss = self.loss = total / step.positions
+            loss = self.loss = total / step.tokens
             if not math.isfinite(loss):
                 raise self._diverged(step, loss_sum, now)
-            self._losses.append((loss, step.positions))
+            self._losses.append((loss, step.tokens))
 
     def _diverged(self, step: _Unread, loss_sum: float, now: int) -> UserError:
         """Every rank comes here, since the loss is that of all; the users are those of the ranks where it broke."""
@@ -96,9 +96,9 @@ class StepRecord:
         `read`."""
         self.read(now)
         self.lap()  # reading waits for the device
-        positions, seconds = sum(count for _, count in self._losses), max(self._seconds, 1e-9)
+        tokens, seconds = sum(count for _, count in self._losses), max(self._seconds, 1e-9)
         line: Dict[str, Any] = {
-            "loss": sum(loss * count for loss, count in self._losses) / positions,
+            "loss": sum(loss * count for loss, count in self._losses) / tokens,
             "tokens_per_second": self._tokens / seconds,
         }
         if self.peak_flops is not None:

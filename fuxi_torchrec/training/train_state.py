@@ -3,7 +3,7 @@
 from typing import Any, Dict, Optional
 
 from fuxi_torchrec.config import Config
-from fuxi_torchrec.data.loader import Position
+from fuxi_torchrec.data.loader import StreamCursor
 from fuxi_torchrec.evaluation.metrics import is_better
 
 # Of a checkpoint's state; `positions` and `deals`, of all ranks, are the loader's.
@@ -11,7 +11,7 @@ COUNTED = ("users_seen", "tokens", "flops", "best_value", "without_better", "eva
 
 
 class RunState:
-    """Progress of a run: the same on every rank, but for where each one's data go on (`position`).
+    """Progress of a run: the same on every rank, but for where each one's data go on (`cursor`).
 
     Args:
         config: the run's.
@@ -20,9 +20,9 @@ class RunState:
 
     def __init__(self, config: Config, num_users: int):
         self.config, self.num_users = config, num_users
-        self.position = Position()
+        self.cursor = StreamCursor()
         self.users_seen = 0  # of the current epoch, over all ranks
-        self.tokens, self.flops = 0, 0  # positions trained on since the first step and what they took, over all ranks
+        self.tokens, self.flops = 0, 0  # trained on since the first step and what they took, over all ranks
         self.best_value: Optional[float] = None
         self.without_better = 0
         self.evaluated_step = -1
@@ -32,22 +32,22 @@ class RunState:
         """Returns what a checkpoint keeps, as plain values."""
         return {"step": self.step, "epoch": self.epochs_done, **{name: getattr(self, name) for name in COUNTED}}
 
-    def restore(self, state: Dict[str, Any], position: Position) -> None:
+    def restore(self, state: Dict[str, Any], cursor: StreamCursor) -> None:
         """Takes over a checkpoint's state."""
-        self.position = position
+        self.cursor = cursor
         for name in COUNTED:
             setattr(self, name, state.get(name, getattr(self, name)))
 
-    def trained(self, position: Position, users: int, positions: int, flops: int) -> None:
+    def trained(self, cursor: StreamCursor, users: int, tokens: int, flops: int) -> None:
         """Counts a step, over all ranks."""
-        self.position = position
+        self.cursor = cursor
         self.users_seen += users
-        self.tokens += positions
+        self.tokens += tokens
         self.flops += flops
 
     def begin_epoch(self, epoch: int) -> None:
         """Moves on to the beginning of an epoch (from 0)."""
-        self.position, self.users_seen = Position(epoch=epoch, step=self.step), 0
+        self.cursor, self.users_seen = StreamCursor(epoch=epoch, step=self.step), 0
 
     def evaluated(self, value: float) -> bool:
         """Notes the metric of this step's model. Returns whether it is the best so far."""
@@ -61,25 +61,25 @@ class RunState:
     @property
     def step(self) -> int:
         """Number of optimizer steps that were made."""
-        return self.position.step
+        return self.cursor.step
 
     @property
     def epochs_done(self) -> int:
         """Epochs finished, the current one included once it has begun."""
-        return self.position.epoch + (1 if self.position.buffer or self.position.taken else 0)
+        return self.cursor.epoch + (1 if self.cursor.buffer or self.cursor.taken else 0)
 
     @property
     def done(self) -> float:
         """Part of the run that is done, 0 … 1."""
         trainer = self.config.trainer
-        by_epochs = (self.position.epoch + self.users_seen / max(self.num_users, 1)) / trainer.max_epochs
+        by_epochs = (self.cursor.epoch + self.users_seen / max(self.num_users, 1)) / trainer.max_epochs
         by_steps = self.step / trainer.max_steps if trainer.max_steps else 0.0
         return min(1.0, max(by_epochs, by_steps))
 
     @property
     def is_finished(self) -> bool:
         """Whether all epochs, or trainer.max_steps, are done."""
-        return self.position.epoch >= self.config.trainer.max_epochs or self.reached_max_steps
+        return self.cursor.epoch >= self.config.trainer.max_epochs or self.reached_max_steps
 
     @property
     def reached_max_steps(self) -> bool:

@@ -1,6 +1,6 @@
 """The training loop.
 
-A step: batch -> learning rate -> summed loss -> global number of positions -> backward (which updates sharded tables)
+A step: batch -> learning rate -> summed loss -> global number of tokens -> backward (which updates sharded tables)
 -> clip -> AdamW. What a step draws (order, negatives, dropout) is a function of (seed, rank, step), so a resumed run goes
 on as if never stopped. No step waits for a GPU: what the host must know of it, the host knew before.
 """
@@ -19,7 +19,7 @@ from fuxi_torchrec.checkpoint.manager import Checkpoints
 from fuxi_torchrec.config import Config, evaluation_splits
 from fuxi_torchrec.data.batch import SequenceBatch
 from fuxi_torchrec.data.dataset import SequenceDataset
-from fuxi_torchrec.data.loader import Position, TrainingStream
+from fuxi_torchrec.data.loader import StreamCursor, TrainingStream
 from fuxi_torchrec.data.prefetch import pinned, prefetch, prefetch_depth
 from fuxi_torchrec.distributed.failures import Interrupted, signals
 from fuxi_torchrec.distributed.world import World
@@ -101,7 +101,7 @@ class Trainer:
 
     def prepare(self, batch: SequenceBatch) -> None:
         """Sets the step's random seed and learning rate, and clears gradients."""
-        step = batch.position.step
+        step = batch.cursor.step
         torch.manual_seed(step_seed(self.config.trainer.seed, self.world.rank, step))
         self.learning_rate = learning_rate(self.config.optimizer, step, self.state.done)
         prepare_step(self.optimizer, self.learning_rate)
@@ -115,8 +115,8 @@ class Trainer:
         config = self.config
         flops = encoder_flops(config.model, batch.host_lengths)
         if not config.loss.cross_rank:
-            flops += loss_flops(batch.num_positions, batch.num_candidates, config.model.embedding_dim)
-        here = [batch.num_positions, len(batch.user_ids_B), bool(self.received), batch.num_candidates, flops]
+            flops += loss_flops(batch.num_tokens, batch.num_candidates, config.model.embedding_dim)
+        here = [batch.num_tokens, len(batch.user_ids_B), bool(self.received), batch.num_candidates, flops]
         tokens, users, stops, candidates, flops = self.world.sum_on_host(here)
         if config.loss.cross_rank:  # each token is set against every rank's candidates
             flops += loss_flops(tokens, candidates, config.model.embedding_dim)
@@ -127,11 +127,11 @@ class Trainer:
 
         Raises UserError, before anything is updated, for a loss that is not finite where reading it costs nothing.
         """
-        self.record.add_loss(batch.position.step, loss_sum, totals.tokens, batch.user_ids_B)
+        self.record.add_loss(batch.cursor.step, loss_sum, totals.tokens, batch.user_ids_B)
         if self.reads_every_step:
-            self.record.read(batch.position.step)
+            self.record.read(batch.cursor.step)
         # DDP averages over ranks, and so does TorchRec for the rows of a sharded table (its gradient division); the loss
-        # is the mean over the positions of the global batch.
+        # is the mean over the tokens of the global batch.
         with stage("backward"):
             (loss_sum * (self.world.size / totals.tokens)).backward()
 
@@ -140,7 +140,7 @@ class Trainer:
         with stage("optimizer"):
             clip_gradients(self.model, self.config.optimizer.clip_grad_norm)
             self.optimizer.step()
-        self.state.trained(batch.position, totals.users, totals.tokens, totals.flops)
+        self.state.trained(batch.cursor, totals.users, totals.tokens, totals.flops)
         self.record.lap(totals.tokens, totals.flops)
 
     def fit(self) -> Dict[str, Dict[str, float]]:
@@ -177,7 +177,7 @@ class Trainer:
         }
 
     def _epoch(self) -> None:
-        epoch = self.state.position.epoch
+        epoch = self.state.cursor.epoch
         self.record.start()
         for batch in self._batches():
             totals = self.step(batch).totals
@@ -195,13 +195,13 @@ class Trainer:
             self._log()
         if not self.state.reached_max_steps:
             self.state.begin_epoch(epoch + 1)
-            self.stream.deals = []
+            self.stream.earlier_cursors = []
         self._end_of_epoch(epoch)
 
     def _batches(self) -> Iterator[SequenceBatch]:
         """The rest of the epoch, as the pipeline hands it out."""
         kind = self.world.device.type
-        stream = pinned(self.stream.epoch(self.state.position), kind)
+        stream = pinned(self.stream.epoch(self.state.cursor), kind)
         batches = self.with_empty_batches(prefetch(stream, prefetch_depth(self.config.data, kind)))
         self.pipeline.drop()
         while True:
@@ -213,14 +213,14 @@ class Trainer:
 
     def with_empty_batches(self, batches: Iterator[SequenceBatch]) -> Iterator[SequenceBatch]:
         """Adds empty batches without end to an epoch's, among several ranks: a rank without data left keeps step with the
-        others until none has a position left."""
-        position = self.state.position
+        others until none has a token left."""
+        cursor = self.state.cursor
         for batch in batches:
-            position = batch.position
+            cursor = batch.cursor
             yield batch
         while self.world.size > 1:
-            batch = self.stream.empty_batch(position)
-            position = batch.position
+            batch = self.stream.empty_batch(cursor)
+            cursor = batch.cursor
             yield batch
 
     def _report_step(self) -> None:
@@ -250,7 +250,7 @@ class Trainer:
 
     def _log(self) -> None:
         step = self.state.step
-        line = {"step": step, "epoch": self.state.position.epoch + 1}
+        line = {"step": step, "epoch": self.state.cursor.epoch + 1}
         self.progression.training({**line, **self.record.take(step), "learning_rate": self.learning_rate})
         for module in self.model.modules():
             if isinstance(module, MixingEncoder):
@@ -278,7 +278,7 @@ class Trainer:
     def _final_evaluation(self) -> Dict[str, Dict[str, float]]:
         """The best checkpoint on every split: the numbers that `evaluate RUN_DIR` gives again."""
         state = self.checkpoints.load("best", self.model)
-        self.state.position = Position(**state["positions"][0])
+        self.state.cursor = StreamCursor(**state["positions"][0])
         results = {}
         for split in evaluation_splits(self.config.data):
             try:
@@ -310,8 +310,8 @@ class Trainer:
         state = {
             **self.state.to_dict(),
             "dataset": self.dataset.identity.content_checksum,
-            "positions": self.world.gathered(self.state.position.to_dict()),
-            "deals": [[position.to_dict() for position in world] for world in self.stream.deals],
+            "positions": self.world.gathered(self.state.cursor.to_dict()),
+            "deals": [[cursor.to_dict() for cursor in world] for world in self.stream.earlier_cursors],
             "metrics_bytes": self.run.metrics_size(),
         }
         self.checkpoints.save(self.model, self.optimizer, state, is_best)

@@ -13,7 +13,7 @@ from fuxi_torchrec.config import DataConfig, LossConfig
 from fuxi_torchrec.data.batch import EVENTS, NEGATIVES
 from fuxi_torchrec.data.batch_sampler import even_order
 from fuxi_torchrec.data.dataset import SequenceDataset
-from fuxi_torchrec.data.loader import EPOCH_ORDER, Position, TrainingStream, evaluation_batches, positions_after
+from fuxi_torchrec.data.loader import EPOCH_ORDER, StreamCursor, TrainingStream, cursor_after, evaluation_batches
 from fuxi_torchrec.data.negative_sampler import NegativeSampler, SharedNegatives
 from fuxi_torchrec.data.prefetch import prefetch
 from fuxi_torchrec.data.splits import windows
@@ -43,7 +43,7 @@ def contents(batch):
 
 
 def trainable(folder):
-    """Users that have a training position."""
+    """Users that have a training cursor."""
     dataset = SequenceDataset(folder)
     groups = (windows(dataset.read(group), DataConfig(), "train") for group in dataset.row_groups)
     return {user for found in groups for user in found.user_ids_U.tolist()}
@@ -64,13 +64,13 @@ def test_an_epoch_that_goes_on_otherwise_sees_every_user_once_or_is_refused(
         return
     seen = Counter()
     for rank in range(world_size):
-        position = Position()
-        begun = stream(small_dataset, rank, world_size, shuffle_buffer=shuffle_buffer).epoch(position)
+        cursor = StreamCursor()
+        begun = stream(small_dataset, rank, world_size, shuffle_buffer=shuffle_buffer).epoch(cursor)
         for batch in itertools.islice(begun, 4):
             seen.update(batch.user_ids_B.tolist())
-            position = batch.position
+            cursor = batch.cursor
         changed = {"shuffle_buffer": shuffle_buffer, key: CHANGES[key]}
-        for batch in stream(small_dataset, rank, world_size, **changed).epoch(position):
+        for batch in stream(small_dataset, rank, world_size, **changed).epoch(cursor):
             seen.update(batch.user_ids_B.tolist())
     assert set(seen.values()) == {1} and set(seen) == trainable(small_dataset)
 
@@ -79,23 +79,23 @@ def test_an_epoch_that_goes_on_otherwise_sees_every_user_once_or_is_refused(
 def test_every_trainable_user_is_seen_once_an_epoch_at_any_world_size(small_dataset, world_size):
     seen = Counter()
     for rank in range(world_size):
-        for batch in stream(small_dataset, rank, world_size).epoch(Position()):
+        for batch in stream(small_dataset, rank, world_size).epoch(StreamCursor()):
             seen.update(batch.user_ids_B.tolist())
     assert set(seen) == trainable(small_dataset) and set(seen.values()) == {1}
 
 
 def test_epochs_differ_and_repeat_exactly(small_dataset):
-    first = [contents(batch) for batch in stream(small_dataset).epoch(Position())]
-    again = [contents(batch) for batch in stream(small_dataset).epoch(Position())]
-    second = [contents(batch) for batch in stream(small_dataset).epoch(Position(epoch=1))]
+    first = [contents(batch) for batch in stream(small_dataset).epoch(StreamCursor())]
+    again = [contents(batch) for batch in stream(small_dataset).epoch(StreamCursor())]
+    second = [contents(batch) for batch in stream(small_dataset).epoch(StreamCursor(epoch=1))]
     assert first == again
     assert first != second
 
 
 def test_a_position_resumes_the_stream_exactly(small_dataset):
-    whole = list(stream(small_dataset).epoch(Position()))
+    whole = list(stream(small_dataset).epoch(StreamCursor()))
     for index in (0, 1, len(whole) // 2, len(whole) - 2):
-        rest = stream(small_dataset).epoch(whole[index].position)
+        rest = stream(small_dataset).epoch(whole[index].cursor)
         assert [contents(b) for b in rest] == [contents(b) for b in whole[index + 1 :]]
 
 
@@ -111,14 +111,14 @@ def test_an_epoch_that_moves_between_world_sizes_sees_every_user_once(small_data
         after = []
         for rank in range(world_size):
             this = stream(small_dataset, rank, world_size, shuffle_buffer=shuffle_buffer)
-            position, this.deals = positions_after(state, rank, world_size) if state else (Position(), [])
-            batches = this.epoch(position)
+            cursor, this.earlier_cursors = cursor_after(state, rank, world_size) if state else (StreamCursor(), [])
+            batches = this.epoch(cursor)
             done = 2 + rank if shuffle_buffer == 30 else 2
             for batch in batches if number == len(worlds) - 1 else itertools.islice(batches, done):
                 seen.update(batch.user_ids_B.tolist())
-                position = batch.position
-            after.append(position.to_dict())
-        state = {"positions": after, "deals": [[p.to_dict() for p in world] for world in this.deals]}
+                cursor = batch.cursor
+            after.append(cursor.to_dict())
+        state = {"positions": after, "deals": [[p.to_dict() for p in world] for world in this.earlier_cursors]}
     assert seen == expected and set(seen.values()) == {1}
 
 
@@ -126,7 +126,7 @@ def tokens(folder, world_size, **config):
     """Positions [steps, ranks] of an epoch; 0 where a rank has no batch left."""
     ranks = []
     for rank in range(world_size):
-        ranks.append([b.num_positions for b in stream(folder, rank, world_size, **config).epoch(Position())])
+        ranks.append([b.num_tokens for b in stream(folder, rank, world_size, **config).epoch(StreamCursor())])
     return np.array(list(itertools.zip_longest(*ranks, fillvalue=0)))
 
 
@@ -160,7 +160,7 @@ def test_any_run_of_an_even_order_has_about_the_mean_length():
 def test_global_batches_are_the_same_at_any_world_size(small_dataset):
     def batches(world_size):
         config = {"shuffle_buffer": 65536, "batch_size": 32 // world_size}
-        ranks = [stream(small_dataset, rank, world_size, **config).epoch(Position()) for rank in range(world_size)]
+        ranks = [stream(small_dataset, rank, world_size, **config).epoch(StreamCursor()) for rank in range(world_size)]
         return [sorted(itertools.chain.from_iterable(b.user_ids_B.tolist() for b in step)) for step in zip(*ranks)]
 
     assert batches(1) == batches(2) == batches(4)
@@ -170,12 +170,12 @@ def test_global_batches_are_the_same_at_any_world_size(small_dataset):
 def test_users_are_dealt_evenly_whatever_the_number_of_row_groups(small_dataset, world_size):
     users = []
     for rank in range(world_size):
-        users.append(sum(len(batch.user_ids_B) for batch in stream(small_dataset, rank, world_size).epoch(Position())))
+        users.append(sum(len(batch.user_ids_B) for batch in stream(small_dataset, rank, world_size).epoch(StreamCursor())))
     assert max(users) - min(users) <= 2  # one of them is not trainable
 
 
 def test_a_batch_holds_inputs_and_targets_one_behind(small_dataset):
-    batch = next(stream(small_dataset).epoch(Position()))
+    batch = next(stream(small_dataset).epoch(StreamCursor()))
     events = batch.ids[EVENTS]
     assert events.values().dtype == torch.int64 and batch.timestamps_E.dtype == torch.int64
     inputs = [n - 1 for n in events.lengths().tolist()]
@@ -186,7 +186,7 @@ def test_a_batch_holds_inputs_and_targets_one_behind(small_dataset):
     # Drawn ids come back from the unique ones; the index of the positive points at the positive.
     unique = batch.ids[NEGATIVES].values()
     assert unique.unique().numel() == unique.numel()
-    assert batch.negatives.index_TK.shape == (batch.num_positions, 5)
+    assert batch.negatives.index_TK.shape == (batch.num_tokens, 5)
     positives = events.values()[batch.input_index_T + 1]
     positive_index_T = batch.negatives.positive_index_T
     has = positive_index_T >= 0
@@ -195,17 +195,17 @@ def test_a_batch_holds_inputs_and_targets_one_behind(small_dataset):
 
 
 def test_a_token_budget_bounds_batches_and_loses_nobody(small_dataset):
-    batches = list(stream(small_dataset, batch_size=1000, tokens_per_batch=60).epoch(Position()))
-    assert all(b.num_positions <= 60 or len(b.user_ids_B) == 1 for b in batches)
-    whole = list(stream(small_dataset).epoch(Position()))
+    batches = list(stream(small_dataset, batch_size=1000, tokens_per_batch=60).epoch(StreamCursor()))
+    assert all(b.num_tokens <= 60 or len(b.user_ids_B) == 1 for b in batches)
+    whole = list(stream(small_dataset).epoch(StreamCursor()))
     users = lambda some: Counter(itertools.chain.from_iterable(b.user_ids_B.tolist() for b in some))  # noqa: E731
     assert users(batches) == users(whole)
 
 
 def test_a_rank_without_data_makes_an_empty_batch(small_dataset):
-    batch = stream(small_dataset).empty_batch(Position(step=7))
-    assert batch.num_positions == 0 and batch.ids[EVENTS].values().numel() == 0
-    assert batch.position.step == 8 and batch.negatives is not None
+    batch = stream(small_dataset).empty_batch(StreamCursor(step=7))
+    assert batch.num_tokens == 0 and batch.ids[EVENTS].values().numel() == 0
+    assert batch.cursor.step == 8 and batch.negatives is not None
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
@@ -221,15 +221,15 @@ def test_evaluation_drops_nobody(small_dataset, world_size):
 
 
 def test_shared_pool_is_one_draw_for_the_step(small_dataset):
-    batch = next(stream(small_dataset, negatives="shared").epoch(Position()))
+    batch = next(stream(small_dataset, negatives="shared").epoch(StreamCursor()))
     assert batch.ids[NEGATIVES].values().numel() == 5
     assert isinstance(batch.negatives, SharedNegatives)
 
 
 def test_both_ways_to_find_unique_ids_agree(small_dataset, monkeypatch):
-    marked = contents(next(stream(small_dataset).epoch(Position())))
+    marked = contents(next(stream(small_dataset).epoch(StreamCursor())))
     monkeypatch.setattr("fuxi_torchrec.data.negative_sampler.MARKED_ITEMS", 0)
-    assert contents(next(stream(small_dataset).epoch(Position()))) == marked
+    assert contents(next(stream(small_dataset).epoch(StreamCursor()))) == marked
 
 
 def test_prefetch_passes_items_and_errors_on():

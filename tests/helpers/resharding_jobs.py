@@ -23,7 +23,7 @@ def stretch(world, config, output, resume):
     seen, step = [], trainer.step
 
     def counted(batch):
-        seen.extend((batch.position.epoch, user) for user in batch.user_ids_B.tolist())
+        seen.extend((batch.cursor.epoch, user) for user in batch.user_ids_B.tolist())
         return step(batch)
 
     def state():

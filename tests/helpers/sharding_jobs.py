@@ -96,8 +96,8 @@ def loss_curve(world, config, output, steps, order=0):
             chosen = np.random.default_rng([step, order]).permutation(chosen)
         mine = users.take(chosen[world.rank :: world.size])
         sampler.users, sampler.lengths = mine.user_ids_U, mine.stop_U - mine.start_U - 1
-        position = dataclasses.replace(trainer.state.position, step=step)
-        batch = trainer.pipeline.take(iter([collate(rows, mine, sampler, step, position)]))
+        cursor = dataclasses.replace(trainer.state.cursor, step=step)
+        batch = trainer.pipeline.take(iter([collate(rows, mine, sampler, step, cursor)]))
         trainer.step(batch)
         losses.append(trainer.record.loss)
     trainer.progression.close()
@@ -196,7 +196,7 @@ def first_move(world, config, output):
     run = RunFolder.create(output, config, dataset.identity, False) if world.is_main else RunFolder(output)
     trainer = build_trainer(config, dataset, run, world)
     before = [part.clone() for _, _, part in local_parts(trainer.model)]
-    trainer.step(trainer.pipeline.take(trainer.stream.epoch(trainer.state.position)))
+    trainer.step(trainer.pipeline.take(trainer.stream.epoch(trainer.state.cursor)))
     trainer.progression.close()
     return max(float((part - old).abs().max()) for (_, _, part), old in zip(local_parts(trainer.model), before))
 
@@ -206,7 +206,7 @@ def exchanged_ahead(world, config, output):
     dataset = SequenceDataset(config.data.path)
     run = RunFolder.create(output, config, dataset.identity, False) if world.is_main else RunFolder(output)
     trainer = build_trainer(config, dataset, run, world)
-    batches = trainer.with_empty_batches(trainer.stream.epoch(trainer.state.position))
+    batches = trainer.with_empty_batches(trainer.stream.epoch(trainer.state.cursor))
     trainer.pipeline.forward(trainer.pipeline.take(batches))
     ahead = len(trainer.pipeline.contexts[1].input_dist_tensors_requests)
     trainer.pipeline.drop()
@@ -219,12 +219,12 @@ def held_and_saved(world, config, output):
     dataset = SequenceDataset(config.data.path)
     run = RunFolder.create(output, config, dataset.identity, False) if world.is_main else RunFolder(output)
     trainer = build_trainer(config, dataset, run, world)
-    trainer.step(trainer.pipeline.take(trainer.stream.epoch(trainer.state.position)))
+    trainer.step(trainer.pipeline.take(trainer.stream.epoch(trainer.state.cursor)))
     trainer.save(is_best=False)
     trainer.progression.close()
     state = trainer.optimizer.state_dict()["state"].get("embeddings.embeddings.item.weight", {})
     state_bytes = sum(part.nbytes for value in state.values() for part in held(value) if part.dim())  # not the step count
-    return sum(part.nbytes for _, _, part in local_parts(trainer.model)), state_bytes, trainer.state.position.step
+    return sum(part.nbytes for _, _, part in local_parts(trainer.model)), state_bytes, trainer.state.cursor.step
 
 
 def held(value):

@@ -55,7 +55,7 @@ def stop_after(steps):
 
         def counted(batch):
             done = step(batch)
-            if trainer.state.position.step == steps:
+            if trainer.state.cursor.step == steps:
                 os.kill(os.getpid(), signal.SIGTERM)
             return done
 

@@ -86,7 +86,7 @@ def step_of(config, batch, world):
     torch.manual_seed(0)
     model = DistributedDataParallel(build_model(config, V, 1.0, torch.device("cpu")))
     loss_sum = model(batch)
-    total, positions = world.sum(torch.stack([loss_sum.detach().double(), torch.tensor(batch.num_positions).double()]))
+    total, positions = world.sum(torch.stack([loss_sum.detach().double(), torch.tensor(batch.num_tokens).double()]))
     (loss_sum * (world.size / positions)).backward()
     return total / positions, {name: p.grad for name, p in model.named_parameters()}
 
@@ -160,5 +160,5 @@ def test_other_ranks_negatives_do_change_the_loss(two_processes):
     torch.manual_seed(0)
     model = build_model(config, V, 1.0, torch.device("cpu"))
     batch = batch_of(slice(None), NegativeSampler(config.loss, V, 3, 0, FREQUENCY_V))
-    own_pool = model(batch) / batch.num_positions
+    own_pool = model(batch) / batch.num_tokens
     assert own_pool.item() < two_processes["shared", len(LENGTHS)][0].item() - 0.1

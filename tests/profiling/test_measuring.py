@@ -58,13 +58,13 @@ def test_every_log_line_has_tokens_a_second_and_mfu_against_the_stated_peak(smal
 
 def lengths_of_batches(config):
     """The lengths of every batch of the first epoch."""
-    from fuxi_torchrec.data.loader import Position, TrainingStream
+    from fuxi_torchrec.data.loader import StreamCursor, TrainingStream
     from fuxi_torchrec.data.negative_sampler import NegativeSampler
 
     dataset = SequenceDataset(config.data.path)
     sampler = NegativeSampler(config.loss, dataset.identity.num_items, config.trainer.seed)
     stream = TrainingStream(dataset, config.data, sampler, config.trainer.seed)
-    return [batch.host_lengths for batch in stream.epoch(Position())]
+    return [batch.host_lengths for batch in stream.epoch(StreamCursor())]
 
 
 def test_without_a_known_peak_there_is_no_mfu(small_dataset, tmp_path):
@@ -137,7 +137,7 @@ def poison_at(step):
         inner = trainer.step
 
         def poisoned(batch):
-            if trainer.state.position.step == step - 1:
+            if trainer.state.cursor.step == step - 1:
                 with torch.no_grad():
                     next(trainer.model.parameters()).fill_(float("nan"))
             return inner(batch)
@@ -164,7 +164,7 @@ def test_parameters_that_are_not_finite_are_never_saved(small_dataset, tmp_path)
 
         def step():
             inner()
-            if trainer.state.position.step == 1:  # in the second step
+            if trainer.state.cursor.step == 1:  # in the second step
                 with torch.no_grad():
                     list(trainer.model.parameters())[-1].view(-1)[0] = float("inf")
 

@@ -25,7 +25,7 @@ def killed_after(steps):
         step = trainer.step
 
         def counted(batch):
-            if trainer.state.position.step == steps:
+            if trainer.state.cursor.step == steps:
                 raise Killed
             return step(batch)
 

@@ -107,7 +107,7 @@ def test_a_signal_in_an_evaluation_puts_it_off(small_dataset, tmp_path):
         evaluate = trainer._evaluate
 
         def stopped(split, **extra):
-            if trainer.state.position.step >= 20:
+            if trainer.state.cursor.step >= 20:
                 os.kill(os.getpid(), signal.SIGTERM)
             return evaluate(split, **extra)
 
