@@ -45,8 +45,8 @@ class Checkpoints:
     Args:
         folder: the run's checkpoints/; trainer.checkpoint_folder goes before it.
         config, num_items: what makes a model; a checkpoint of another one is refused by name of the differing key.
-        beside: file name -> text, kept in every checkpoint beside config.yaml.
-        trained_by: what decides the optimizer state's shapes, by key; going on with another is refused by that key.
+        extra_files: file name -> text, kept in every checkpoint beside config.yaml.
+        optimizer_identity: what decides the optimizer state's shapes, by key; going on with another is refused by that key.
         run: where the last completed checkpoint is recorded, and what must still be this process's; None to read only.
     """
 
@@ -56,19 +56,19 @@ class Checkpoints:
         config: Config,
         num_items: int,
         world: World,
-        beside: Optional[Dict[str, str]] = None,
-        trained_by: Optional[Dict[str, Any]] = None,
+        extra_files: Optional[Dict[str, str]] = None,
+        optimizer_identity: Optional[Dict[str, Any]] = None,
         run: Optional[RunFolder] = None,
     ):
         self.folder, self.world = config.trainer.checkpoint_folder or folder, world
         self.keep = config.trainer.keep_checkpoints
-        self.beside = {CONFIG_FILE: to_yaml(config), **(beside or {})}
+        self.extra_files = {CONFIG_FILE: to_yaml(config), **(extra_files or {})}
         self.identity = {
             **{f"model.{key}": value for key, value in vars(config.model).items()},
             "model.padded_length": config.padded_length,
             "num_items": num_items,
         }
-        self.trained_by, self.run = trained_by or {}, run
+        self.optimizer_identity, self.run = optimizer_identity or {}, run
         wanted = config.trainer.async_checkpoint
         self.in_background = wanted if wanted is not None else world.device.type == "cuda"
         self.timeout = timedelta(minutes=config.trainer.timeout_minutes)
@@ -93,7 +93,7 @@ class Checkpoints:
         self.wait()
         name = f"step-{state['step']:08d}"
         self.best = name if is_best else self.best
-        identities = {"identity": self.identity, "trained_by": self.trained_by}
+        identities = {"identity": self.identity, "trained_by": self.optimizer_identity}
         marker = {**state, "best": self.best, "format": FORMAT, **identities}
         tensors = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         if not self.in_background:
@@ -186,7 +186,7 @@ class Checkpoints:
                 "keep checkpoints in a folder that all ranks share (--output, trainer.checkpoint_folder)"
             )
         self._confirm()
-        for file, text in self.beside.items():
+        for file, text in self.extra_files.items():
             marker["files"][file] = storage.write_text(join(path, file), text)
         storage.write_text(join(path, storage.MARKER), json.dumps(marker, indent=2))
         index = {"last": name, "best": marker["best"], "best_value": marker["best_value"]}
@@ -234,7 +234,7 @@ class Checkpoints:
         self._check_identity(path, marker)
         target: Dict[str, Any] = {"model": model.state_dict()}
         if optimizer is not None:
-            self._check_trained_by(path, marker)
+            self._check_optimizer_identity(path, marker)
             create_optimizer_state(model, optimizer)
             target["optimizer"] = optimizer.state_dict()
         try:
@@ -261,9 +261,9 @@ class Checkpoints:
                     f"{self.identity.get(key)} here"
                 )
 
-    def _check_trained_by(self, path: str, marker: Dict[str, Any]) -> None:
-        saved = marker.get("trained_by", self.trained_by)
-        for key, value in self.trained_by.items():
+    def _check_optimizer_identity(self, path: str, marker: Dict[str, Any]) -> None:
+        saved = marker.get("trained_by", self.optimizer_identity)
+        for key, value in self.optimizer_identity.items():
             if saved[key] != value:
                 raise UserError(
                     f"{path}: {key} was {saved[key]} when this was saved and is {value} now, and the optimizer's state "

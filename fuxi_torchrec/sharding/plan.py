@@ -82,7 +82,7 @@ def plan_record(plan: ShardingPlan, choice: TableChoice, num_items: int, width: 
     return json.dumps({"world_size": world_size, "tables": {TABLE: table}}, indent=1) + "\n"
 
 
-def trained_by(plan: ShardingPlan, choice: TableChoice) -> Dict[str, Union[int, str]]:
+def optimizer_identity(plan: ShardingPlan, choice: TableChoice) -> Dict[str, Union[int, str]]:
     """Names what must be the same for a checkpoint's optimizer state to be taken over, as {the name a user knows it
     by: its value}. Where the state lies doesn't matter, but row-wise Adagrad keeps a number for every part that a row
     is cut into."""

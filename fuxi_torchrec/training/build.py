@@ -18,7 +18,7 @@ from fuxi_torchrec.profiling.trace import StepProfile
 from fuxi_torchrec.run.folder import RunFolder
 from fuxi_torchrec.run.reporting import Progression
 from fuxi_torchrec.sharding.model_parallel import build_distributed
-from fuxi_torchrec.sharding.plan import PLAN_FILE, plan_record, trained_by
+from fuxi_torchrec.sharding.plan import PLAN_FILE, optimizer_identity, plan_record
 from fuxi_torchrec.training.compile import compile_blocks
 from fuxi_torchrec.training.optimizer import build_optimizer
 from fuxi_torchrec.training.step_meter import StepRecord
@@ -54,8 +54,8 @@ def build_trainer(
     sampler = NegativeSampler(config.loss, num_items, seed, world.rank, frequency_V)
     stream = TrainingStream(dataset, config.data, sampler, seed, world.rank, world.size)
     optimizer = build_optimizer(model, config.optimizer, table.rate_ratio)
-    beside = {PLAN_FILE: plan_record(model.plan, table, num_items, config.model.embedding_dim, world.size)}
-    checkpoints = Checkpoints(run.checkpoints, config, num_items, world, beside, trained_by(model.plan, table), run)
+    extra_files = {PLAN_FILE: plan_record(model.plan, table, num_items, config.model.embedding_dim, world.size)}
+    checkpoints = Checkpoints(run.checkpoints, config, num_items, world, extra_files, optimizer_identity(model.plan, table), run)
     state = RunState(config, dataset.identity.num_users)
     if resume:
         saved = checkpoints.load_newest(model, optimizer, lambda text: _say(text, world))
