@@ -11,18 +11,18 @@ class UserError(Exception):
     traceback and exits with code 2. Anything else that escapes is a defect of this project and keeps its traceback.
 
     Attributes:
-        told: another process has printed it already.
+        reported: another process has printed it already.
         code: the command's exit code.
     """
 
-    told = False
+    reported = False
     code = 2
 
 
 class LostProcess(Exception):
-    """Raised where another process of the run died or hangs; the exit code is 1. `told` as in UserError."""
+    """Raised where another process of the run died or hangs; the exit code is 1. `reported` as in UserError."""
 
-    told = False
+    reported = False
 
 
 class FolderInUse(UserError):

@@ -32,10 +32,10 @@ class Run(CmdRun):
             print("stopped; a training has saved, and goes on by the same command with --resume True", file=sys.stderr)
             raise SystemExit(128 + stopped.sigval) from None
         except Exception as error:
-            told = _told(error, args.scheduler)
-            if told is None:
+            message = _message(error, args.scheduler)
+            if message is None:
                 raise
-            print(f"error: {told}", file=sys.stderr)
+            print(f"error: {message}", file=sys.stderr)
             raise SystemExit(2) from None
 
 
@@ -78,7 +78,7 @@ def check_slurm(partition: Optional[str], dryrun: bool) -> None:
             raise UserError(f"-cfg partition={partition}: no such partition; there are {there}")
 
 
-def _told(error: Exception, scheduler: str) -> Optional[str]:
+def _message(error: Exception, scheduler: str) -> Optional[str]:
     """The one line for a mistake, or for a scheduler that refuses or does not answer; None for a defect."""
     module, text = type(error).__module__, " ".join(str(error).split())[:160]
     if isinstance(error, UserError):

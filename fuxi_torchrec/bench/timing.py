@@ -143,14 +143,14 @@ def run_bench(
     size: BenchSize,
     world: World,
     peak_flops: float,
-    say: Callable[[str], None],
+    report: Callable[[str], None],
 ) -> List[BenchRow]:
     """Times every encoder at every length; returns rows by length and encoder. A collective.
 
     Args:
         config: the model (but for its encoder), loss, table, optimizer and trainer of every case.
         peak_flops: FLOP/s of a device, for MFU.
-        say: is told what is done.
+        report: is given a line on what is done.
 
     Raises:
         UserError: memory has run out.
@@ -158,7 +158,7 @@ def run_bench(
     configs, rows = _cases(config, encoders), []
     for length in sorted(lengths):
         rows += _run_length(configs, length, size, world, peak_flops)
-        say(f"length {length:,}: done")
+        report(f"length {length:,}: done")
     return rows
 
 

@@ -128,8 +128,8 @@ class Checkpoints:
             raise UserError(f"{join(self.folder, name)}: {problem}; use another checkpoint")
         return marker
 
-    def load_newest(self, model: nn.Module, optimizer: Any, say: Any) -> Optional[Dict[str, Any]]:
-        """Loads the newest checkpoint that is whole, and tells `say` in one line of every one that isn't.
+    def load_newest(self, model: nn.Module, optimizer: Any, report: Any) -> Optional[Dict[str, Any]]:
+        """Loads the newest checkpoint that is whole, and reports every one that isn't, a line each.
 
         Nothing of a damaged one is left: what its reading has overwritten the one before overwrites again, all of it.
         Returns its state, with its "config" as plain values; None where no checkpoint was ever completed. Raises UserError
@@ -143,7 +143,7 @@ class Checkpoints:
                 if self.run and self.world.is_main:
                     self.run.note_saved(join(self.folder, name))
                 return {**marker, "config": self._agreed(storage.read_config, join(self.folder, name))}
-            say(f"{join(self.folder, name)}: {problem}; the one before is used")
+            report(f"{join(self.folder, name)}: {problem}; the one before is used")
             damaged += not problem.startswith("not complete")
         if damaged:
             raise UserError(f"{self.folder}: every checkpoint is damaged; restore one, or train to another --output")

@@ -130,17 +130,17 @@ def _run(
         check_compiler(device_type(trainer.device))
     with start_world(trainer.device, trainer.timeout_minutes) as world, fail_together(world):
 
-        def say(text: str) -> None:
+        def report(text: str) -> None:
             if world.is_main:
                 print(text, file=sys.stderr, flush=True)
 
         if importlib.util.find_spec("matplotlib") is None:
-            say("there will be no plot: it takes matplotlib (pip install matplotlib)")
+            report("there will be no plot: it takes matplotlib (pip install matplotlib)")
         size = BenchSize(*sizes)
         check_memory(config, encoders, max(lengths), size, world.device)
         machine = _machine(config, world, size)
         peak = world.from_main(machine["peak_tflops"]) * 1e12
-        rows = run_bench(config, encoders, lengths, size, world, peak, say)
+        rows = run_bench(config, encoders, lengths, size, world, peak, report)
         if world.is_main:
             bench_report.show(rows, machine)
             written = bench_report.write(rows, machine, config.to_dict(), output)

@@ -61,10 +61,10 @@ def _run(arguments: List[str]) -> int:
             raise UserError(f"unknown command {command!r}; the commands are {', '.join(COMMANDS)}")
         return handlers[command](rest)
     except UserError as error:
-        _complain(str(error), error.told)
+        _complain(str(error), error.reported)
         return error.code
     except LostProcess as error:
-        if not error.told:
+        if not error.reported:
             print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
@@ -76,14 +76,14 @@ def _run(arguments: List[str]) -> int:
         return 130
 
 
-def _complain(message: str, told: bool = False) -> int:
+def _complain(message: str, reported: bool = False) -> int:
     """One line on standard error, from one rank."""
     rank = os.environ.get("RANK", "0")
-    if rank != "0" and not told:
+    if rank != "0" and not reported:
         # Before the ranks are joined: torchrun ends this one meanwhile if rank 0 made the same mistake and said so.
         time.sleep(3)
         message = f"rank {rank}: {message}"
-    if not told:
+    if not reported:
         print(f"error: {message}", file=sys.stderr, flush=True)
     return 2
 

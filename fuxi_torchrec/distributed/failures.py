@@ -101,9 +101,9 @@ class _Watch(threading.Thread):
                 return
             # The same mistake may be rank 0's own, which its main thread tells better.
             if found and not self.ended.wait(1.0):
-                self._tell()
+                self._report()
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         with self.telling:
             if self.ended.is_set():
                 return
@@ -130,15 +130,15 @@ def _failure(error: Exception, store: dist.Store, world: World) -> BaseException
                 message, code = f"{type(error).__name__}: {error}", 1
             lines = " ".join(message.split())
             store.compare_set(FAILED, "", json.dumps({"rank": world.rank, "message": lines, "code": code}))
-            told = _wait_for(store, HEARD)
+            reported = _wait_for(store, HEARD)
             if code == 1:
                 return SystemExit(1)
-            error.told = told
+            error.reported = reported
         else:
             store.set(HEARD, "")  # the others wait for this before they tell the same mistake again
     except (dist.DistError, RuntimeError, ValueError):  # the store is gone with rank 0, which has told what it knew
         error = LostProcess("rank 0 is gone") if is_lost(error) else error
-        error.told = not world.is_main
+        error.reported = not world.is_main
     return error
 
 
@@ -155,7 +155,7 @@ def _other_rank(store: dist.Store, world: World) -> Optional[UserError]:
     failed = json.loads(store.get(FAILED))
     store.set(HEARD, "")
     failure = UserError(f"rank {failed['rank']}: {failed['message']}")
-    failure.told = not world.is_main
+    failure.reported = not world.is_main
     return failure
 
 
@@ -173,7 +173,7 @@ def _lost(error: Exception, store: dist.Store, world: World) -> Exception:
     noticed = set(range(world.size)) - others
     ranks = ", ".join(map(str, sorted(others))) or "?"
     lost = LostProcess(f"rank {ranks} died or hangs, seen by rank {world.rank} ({_first_line(error)})")
-    lost.told = world.rank != min(noticed)
+    lost.reported = world.rank != min(noticed)
     return lost
 
 

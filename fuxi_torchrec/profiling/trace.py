@@ -20,11 +20,11 @@ class StepProfile:
 
     Args:
         run: whose profile/ folder takes the trace.
-        say: tells the person watching where it is.
+        report: is given a line on where the trace is.
     """
 
-    def __init__(self, run: RunFolder, say: Callable[[str], None]):
-        self.path, self.say, self.written = os.path.join(run.profile, TRACE_FILE), say, False
+    def __init__(self, run: RunFolder, report: Callable[[str], None]):
+        self.path, self.report, self.written = os.path.join(run.profile, TRACE_FILE), report, False
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
         plan = schedule(skip_first=SKIPPED_STEPS - 1, wait=0, warmup=1, active=RECORDED_STEPS, repeat=1)
         self._profile = profile(activities=activities, schedule=plan, on_trace_ready=self._write)
@@ -39,11 +39,11 @@ class StepProfile:
         """Stops recording at the end of the run, which may come before all steps are recorded."""
         self._profile.stop()
         if not self.written:
-            self.say(f"no profile: the run ended before its step {SKIPPED_STEPS + 1}")
+            self.report(f"no profile: the run ended before its step {SKIPPED_STEPS + 1}")
 
     def _write(self, recorded: profile) -> None:
         os.makedirs(os.path.dirname(self.path), exist_ok=True)
         with file_aside(self.path) as aside:
             recorded.export_chrome_trace(aside)
         self.written = True
-        self.say(f"profile of {RECORDED_STEPS} steps: {self.path} (https://ui.perfetto.dev opens it)")
+        self.report(f"profile of {RECORDED_STEPS} steps: {self.path} (https://ui.perfetto.dev opens it)")

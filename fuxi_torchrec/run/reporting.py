@@ -32,7 +32,7 @@ class Progression:
         self.run, self.is_main = run, is_main
         self.console = _Console(stderr=True)
         self.bar: Optional[Progress] = None
-        self.curves = ScalarWriter(run.tensorboard, first_step, self.say) if is_main else None
+        self.curves = ScalarWriter(run.tensorboard, first_step, self.report) if is_main else None
         if is_main and self.console.is_terminal:
             columns = (BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
             self.bar = Progress(TextColumn("{task.description}"), *columns, console=self.console)
@@ -52,7 +52,7 @@ class Progression:
         if self.bar:
             self.bar.update(self.task, description=text)
         else:
-            self.say(f"step {line['step']}  {text}  lr {line['learning_rate']:.3g}")
+            self.report(f"step {line['step']}  {text}  lr {line['learning_rate']:.3g}")
 
     def step(self, done: float) -> None:
         """Moves the progress bar. done: part of the run that is done, 0 … 1."""
@@ -68,9 +68,9 @@ class Progression:
         self.curves.add(metrics, line["step"])
         shown = "  ".join(f"{name} {line[name]:.4f}" for name in TABLE_METRICS if name in line)
         which = f"{line['checkpoint']} checkpoint, " if "checkpoint" in line else ""
-        self.say(f"{which}epoch {line['epoch']}, {line['split']}:  {shown}")
+        self.report(f"{which}epoch {line['epoch']}, {line['split']}:  {shown}")
 
-    def say(self, text: str) -> None:
+    def report(self, text: str) -> None:
         """Prints a line for the person watching, on standard error."""
         if not self.is_main:
             return

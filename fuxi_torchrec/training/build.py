@@ -55,10 +55,11 @@ def build_trainer(
     stream = TrainingStream(dataset, config.data, sampler, seed, world.rank, world.size)
     optimizer = build_optimizer(model, config.optimizer, table.rate_ratio)
     extra_files = {PLAN_FILE: plan_record(model.plan, table, num_items, config.model.embedding_dim, world.size)}
-    checkpoints = Checkpoints(run.checkpoints, config, num_items, world, extra_files, optimizer_identity(model.plan, table), run)
+    trained_as = optimizer_identity(model.plan, table)
+    checkpoints = Checkpoints(run.checkpoints, config, num_items, world, extra_files, trained_as, run)
     state = RunState(config, dataset.identity.num_users)
     if resume:
-        saved = checkpoints.load_newest(model, optimizer, lambda text: _say(text, world))
+        saved = checkpoints.load_newest(model, optimizer, lambda text: _report(text, world))
         _check_resumable(saved, config, dataset, run, world, checkpoints.folder)
         if saved is not None:
             cursor, stream.earlier_cursors = cursor_after(saved, world.rank, world.size)
@@ -77,7 +78,7 @@ def build_trainer(
         record=StepRecord(world, peak_flops(config.trainer, world.device)),
         state=state,
         progression=progression,
-        profile=StepProfile(run, progression.say) if profile and world.is_main else None,
+        profile=StepProfile(run, progression.report) if profile and world.is_main else None,
     )
     return Trainer(config, dataset, run, world, parts)
 
@@ -101,9 +102,9 @@ def _report_unused(config: Config, resolved: Resolved, world: World) -> None:
     """Names the keys that were set without any effect, in one line."""
     keys = unused_keys(config, resolved)
     if keys:
-        _say(f"not used by this run: {', '.join(keys)}", world)
+        _report(f"not used by this run: {', '.join(keys)}", world)
 
 
-def _say(text: str, world: World) -> None:
+def _report(text: str, world: World) -> None:
     if world.is_main:
         print(text, file=sys.stderr, flush=True)

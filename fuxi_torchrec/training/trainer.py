@@ -154,7 +154,7 @@ class Trainer:
                     self._epoch()
                 if self.state.patience_is_out:
                     waited = f"{self.state.without_better} evaluations"
-                    self.progression.say(f"no better {self.config.trainer.metric} for {waited}")
+                    self.progression.report(f"no better {self.config.trainer.metric} for {waited}")
                 return self._final_evaluation()
         finally:
             if self.profile:

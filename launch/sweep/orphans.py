@@ -29,15 +29,15 @@ def stop_orphans(folders: Iterable[str]) -> None:
     """Ends the processes that work in one of these folders, so that no two ever work in one run folder. They save
     first: SIGTERM is a run's sign to."""
     folders = list(folders)
-    told: List[int] = []
+    signalled: List[int] = []
     end = time.monotonic() + PATIENCE
     while left := orphans(folders):
-        if not told:
+        if not signalled:
             print(f"stopping {len(left)} processes that an earlier sweep left behind", file=sys.stderr, flush=True)
         late = time.monotonic() > end
         for process in left:
-            if late or process not in told:
-                told.append(process)
+            if late or process not in signalled:
+                signalled.append(process)
                 _signal(process, signal.SIGKILL if late else signal.SIGTERM)
         time.sleep(0.2)
 

@@ -73,7 +73,7 @@ class Sweep:
         self.jobs = {name: self.jobs.get(name, Job()) for name in self.runs}
         self.slots: Dict[str, int] = {}  # of running jobs, 0 … concurrency − 1
         self.results: Dict[str, Dict[str, Any]] = {}  # of runs that are over
-        self.news: List[str] = []
+        self.messages: List[str] = []
 
     def run(self, retry_failed: bool, show: Callable[[Optional[str]], None]) -> None:
         """Runs what is left, and returns when every run is over."""
@@ -83,7 +83,7 @@ class Sweep:
                 self._look_at(name)
             for name in self._with("waiting")[: self.concurrency - len(self._with("running"))]:
                 self._submit(name)
-            self._tell(show)
+            self._report(show)
             if not self._with("running", "waiting"):
                 return
             time.sleep(POLL_SECONDS[self.is_local])
@@ -142,7 +142,7 @@ class Sweep:
             os.remove(os.path.join(self.path(name), OUTCOME_FILE))  # an earlier attempt's
         job.handle = self.runner.run(app, self.scheduler, self.cfg)
         job.status, job.attempts = "running", job.attempts + 1
-        self.news.append(f"{name}: started, {job.handle}")
+        self.messages.append(f"{name}: started, {job.handle}")
         self._save()
 
     def _place(self, name: str) -> Place:
@@ -176,21 +176,21 @@ class Sweep:
         job = self.jobs[name]
         job.status, job.reason = status, reason
         self.results[name] = result_row(self.path(name))
-        self.news.append(f"{name}: {status}" + (f": {reason}" if reason else ""))
+        self.messages.append(f"{name}: {status}" + (f": {reason}" if reason else ""))
         self._save()
 
     def _with(self, *statuses: str) -> List[str]:
         return [name for name, job in self.jobs.items() if job.status in statuses]
 
-    def _tell(self, show: Callable[[Optional[str]], None]) -> None:
-        if self.news:
+    def _report(self, show: Callable[[Optional[str]], None]) -> None:
+        if self.messages:
             write_results(self.folder, self.rows())
         over = len(self._with(*OVER))
-        for news in self.news:
-            show(f"[{over}/{len(self.jobs)}] {news}")
-        if not self.news:
+        for message in self.messages:
+            show(f"[{over}/{len(self.jobs)}] {message}")
+        if not self.messages:
             show(None)
-        self.news.clear()
+        self.messages.clear()
 
     def _read_jobs(self) -> Dict[str, Any]:
         try:

@@ -79,14 +79,14 @@ def _column(values: List[Any]) -> List[Any]:
 
 @contextmanager
 def live_view(rows: Callable[[], List[Dict[str, Any]]], title: str) -> Iterator[Callable[[Optional[str]], None]]:
-    """Shows the table while a sweep runs. Yields show(news): a terminal has the table redrawn, anything else gets the
-    news as a line, if there is any."""
+    """Shows the table while a sweep runs. Yields show(message): a terminal has the table redrawn, anything else gets the
+    message as a line, if there is any."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield lambda news: print(news, file=sys.stderr, flush=True) if news else None
+        yield lambda message: print(message, file=sys.stderr, flush=True) if message else None
         return
     with Live(render(rows(), title), console=console, auto_refresh=False) as live:
-        yield lambda news: live.update(render(rows(), title), refresh=True)
+        yield lambda message: live.update(render(rows(), title), refresh=True)
 
 
 def render(rows: List[Dict[str, Any]], title: str) -> Table:
