@@ -127,7 +127,7 @@ def plot(rows: Sequence[BenchRow], machine: BenchMachine, path: str) -> None:
 def _plot_by_length(
     axes: "Axes", rows: Sequence[BenchRow], label: str, scale: str, value: Callable[[BenchRow], float]
 ) -> None:
-    """A line a tower."""
+    """A line an encoder."""
     lengths = sorted({row.length for row in rows})
     encoders = dict.fromkeys(row.encoder for row in rows)
     for name, marker in zip(encoders, "osD^vPX"):

@@ -1,6 +1,6 @@
-"""Times training steps on random users, stage by stage, for several towers and lengths: what `fuxi-torchrec bench` shows.
+"""Times training steps on random users, stage by stage, for several encoders and lengths: what `fuxi-torchrec bench` shows.
 
-A step is the product's own: the Trainer's, with its batch made in line. All towers of one length are held at once and run
+A step is the product's own: the Trainer's, with its batch made in line. All encoders of one length are held at once and run
 in turns, so that what else the machine does falls on each alike; numbers are medians.
 """
 

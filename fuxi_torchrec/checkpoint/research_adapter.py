@@ -150,7 +150,7 @@ def _sasrec_entries(block: nn.Module, index: int) -> List[_Entry]:
 _BLOCK_ENTRIES = {FuXiEncoder: _fuxi_entries, HSTUEncoder: _hstu_entries, SASRecEncoder: _sasrec_entries}
 
 
-def load_reference_params(encoder: SequenceEncoder, item_table_VD: Tensor, params: Mapping[str, np.ndarray]) -> None:
+def load_research_params(encoder: SequenceEncoder, item_table_VD: Tensor, params: Mapping[str, np.ndarray]) -> None:
     """Copies the research code's parameters into an encoder and an item table [V, D] (0-based items).
 
     Raises:
@@ -170,7 +170,7 @@ def load_reference_params(encoder: SequenceEncoder, item_table_VD: Tensor, param
         entry.write(np.asarray(params[entry.name]))
 
 
-def export_reference_params(
+def export_research_params(
     encoder: SequenceEncoder, item_table_VD: Tensor, base: Optional[Mapping[str, np.ndarray]] = None
 ) -> Dict[str, np.ndarray]:
     """Returns the research code's parameters (float32) of an encoder and an item table.
@@ -181,7 +181,7 @@ def export_reference_params(
     return {entry.name: entry.read(entry.parameter, base[entry.name] if base else None) for entry in entries}
 
 
-def export_reference_grads(encoder: SequenceEncoder, item_table_VD: Tensor) -> Dict[str, np.ndarray]:
+def export_research_grads(encoder: SequenceEncoder, item_table_VD: Tensor) -> Dict[str, np.ndarray]:
     """Returns the gradients under the research code's names and in its full shapes; zero where there is none."""
 
     def grad(parameter: Tensor) -> Tensor:
@@ -190,7 +190,7 @@ def export_reference_grads(encoder: SequenceEncoder, item_table_VD: Tensor) -> D
     return {entry.name: entry.read(grad(entry.parameter), None) for entry in _entries(encoder, item_table_VD)}
 
 
-def model_config_from_reference(config: Mapping[str, Any]) -> ModelConfig:
+def model_config_from_research(config: Mapping[str, Any]) -> ModelConfig:
     """Translates the hyperparameters of a golden file's `config` into a ModelConfig.
 
     Raises:
@@ -214,17 +214,17 @@ def model_config_from_reference(config: Mapping[str, Any]) -> ModelConfig:
     )
 
 
-class ReferenceModel(nn.Module):
+class ResearchModel(nn.Module):
     """Item table and encoder behind the research code's interface: 1-based ids, normalised outputs, no dropout."""
 
     def __init__(self, config: Mapping[str, Any], params: Mapping[str, np.ndarray]) -> None:
         super().__init__()
-        model_config = model_config_from_reference(config)
+        model_config = model_config_from_research(config)
         self.temperature = float(config.get("temperature", 0.05))
         self.l2_eps = float(config.get("l2_eps", 1e-6))
         self.encoder = build_encoder(model_config, padded_length=int(config["padded_length"]))
         self.item_table_VD = nn.Parameter(torch.zeros(int(config["num_items"]), model_config.embedding_dim))
-        load_reference_params(self.encoder, self.item_table_VD, params)
+        load_research_params(self.encoder, self.item_table_VD, params)
         self.given = {name: np.array(array) for name, array in params.items()}
         self.eval()
 
@@ -264,20 +264,20 @@ class ReferenceModel(nn.Module):
         return nn.functional.embedding((ids - 1).to(self.item_table_VD.device), self.item_table_VD)
 
 
-def encoder_from_reference(config: Mapping[str, Any], params: Mapping[str, np.ndarray]) -> ReferenceModel:
+def encoder_from_research(config: Mapping[str, Any], params: Mapping[str, np.ndarray]) -> ResearchModel:
     """Builds the model of a golden file's `config` with its `param/…` arrays (prefix removed), in evaluation mode.
 
     Raises:
         UserError: naming the config key or the parameter that does not fit.
     """
-    return ReferenceModel(config, params)
+    return ResearchModel(config, params)
 
 
-def reference_params(model: ReferenceModel) -> Dict[str, np.ndarray]:
+def research_params(model: ResearchModel) -> Dict[str, np.ndarray]:
     """Returns the parameters under the research code's names, entries that nothing reads as they were given."""
-    return export_reference_params(model.encoder, model.item_table_VD, model.given)
+    return export_research_params(model.encoder, model.item_table_VD, model.given)
 
 
-def reference_grads(model: ReferenceModel) -> Dict[str, np.ndarray]:
+def research_grads(model: ResearchModel) -> Dict[str, np.ndarray]:
     """Returns the gradients after `loss.backward()`, full shapes; zero for the padding item."""
-    return export_reference_grads(model.encoder, model.item_table_VD)
+    return export_research_grads(model.encoder, model.item_table_VD)

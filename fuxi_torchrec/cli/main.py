@@ -53,8 +53,8 @@ def _run(arguments: List[str]) -> int:
         "bench": _bench,
         "evaluate": _evaluate,
         "recommend": _recommend,
-        "import-reference": _import_reference,
-        "export-reference": _export_reference,
+        "import-reference": _import_research,
+        "export-reference": _export_research,
     }
     try:
         if command not in handlers:
@@ -114,16 +114,16 @@ def _bench(arguments: List[str]) -> int:
     return bench(arguments)
 
 
-def _import_reference(arguments: List[str]) -> int:
-    from fuxi_torchrec.cli.research_checkpoint import import_reference
+def _import_research(arguments: List[str]) -> int:
+    from fuxi_torchrec.cli.research_checkpoint import import_research
 
-    return import_reference(arguments)
+    return import_research(arguments)
 
 
-def _export_reference(arguments: List[str]) -> int:
-    from fuxi_torchrec.cli.research_checkpoint import export_reference
+def _export_research(arguments: List[str]) -> int:
+    from fuxi_torchrec.cli.research_checkpoint import export_research
 
-    return export_reference(arguments)
+    return export_research(arguments)
 
 
 if __name__ == "__main__":

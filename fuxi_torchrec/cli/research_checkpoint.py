@@ -16,7 +16,7 @@ WRAPPED = "module."  # how DistributedDataParallel begins every name
 # Beside its parameters the research code saves buffers, which its configuration gives.
 BUFFERS = ("_attn_mask",)
 MOST_ROWS_AN_ITEM = 100  # of a table by source ids
-# How the research code calls its towers' parameters, and what model.encoder can read them.
+# How the research code calls its encoders' parameters, and what model.encoder can read them.
 TOWERS = {
     "_fuxi.": ("fuxi_beta", "fuxi_alpha"),
     "_hstu.": ("hstu",),
@@ -24,7 +24,7 @@ TOWERS = {
 }
 
 
-def import_reference(arguments: List[str]) -> int:
+def import_research(arguments: List[str]) -> int:
     """Makes a run folder of a research checkpoint, for `evaluate`, `recommend`, and `train --resume`."""
     parser = OneLineParser(
         prog="fuxi-torchrec import-reference",
@@ -64,7 +64,7 @@ def _import(checkpoint: str, config: Config, output: str) -> None:
     import torch
 
     from fuxi_torchrec.checkpoint.manager import create_optimizer_state
-    from fuxi_torchrec.checkpoint.research_adapter import load_reference_params
+    from fuxi_torchrec.checkpoint.research_adapter import load_research_params
     from fuxi_torchrec.data.dataset import SequenceDataset
     from fuxi_torchrec.distributed.world import start_world
     from fuxi_torchrec.encoders import build_encoder
@@ -80,7 +80,7 @@ def _import(checkpoint: str, config: Config, output: str) -> None:
     _check_tower(checkpoint, params, config)
     params[TABLE_NAME] = _dense_rows(checkpoint, params, dataset)
     try:
-        load_reference_params(encoder, table_VD, params)
+        load_research_params(encoder, table_VD, params)
     except UserError as error:
         raise UserError(f"{checkpoint}: {error}") from None
     with start_world(config.trainer.device, config.trainer.timeout_minutes) as world:
@@ -156,7 +156,7 @@ def _source_rows(dataset: Any) -> Optional[Any]:
     return source_V if np.issubdtype(source_V.dtype, np.integer) and source_V.min() >= 1 else None
 
 
-def export_reference(arguments: List[str]) -> int:
+def export_research(arguments: List[str]) -> int:
     """Writes a run's saved model under the research code's names, as its training loop saves it."""
     parser = OneLineParser(
         prog="fuxi-torchrec export-reference",
@@ -181,7 +181,7 @@ def export_reference(arguments: List[str]) -> int:
 def _export(saved: Any, rows: str, output: str) -> None:
     import torch
 
-    from fuxi_torchrec.checkpoint.research_adapter import export_reference_params
+    from fuxi_torchrec.checkpoint.research_adapter import export_research_params
     from fuxi_torchrec.files import file_aside
     from fuxi_torchrec.sharding.model_parallel import local_parts
 
@@ -190,7 +190,7 @@ def _export(saved: Any, rows: str, output: str) -> None:
         table_VD[row : row + part.shape[0], column : column + part.shape[1]] = part.cpu()
     params = {
         name: torch.from_numpy(values)
-        for name, values in export_reference_params(saved.model.module.tower.encoder, table_VD).items()
+        for name, values in export_research_params(saved.model.module.tower.encoder, table_VD).items()
     }
     if rows == "source":
         source_V = _source_rows(saved.dataset)

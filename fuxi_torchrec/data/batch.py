@@ -38,7 +38,7 @@ class SequenceBatch(Pipelineable):
     timestamps_E: int64 ticks of the events.
     input_index_T: int64 positions of the inputs among the events; their targets stand one behind.
     offsets_B1: int64, inputs of user b are [offsets[b], offsets[b + 1]).
-    host_lengths: every user's n, on the host, so that a tower can plan its work without asking the device.
+    host_lengths: every user's n, on the host, so that an encoder can plan its work without asking the device.
     negatives: how positions are set against the negatives' ids; None: there is no loss to take.
     user_ids_B: int64, on the host.
     target_log_prob_B: float64 on the host, the generator's own log p of each user's last event (synthetic data).

@@ -1,4 +1,4 @@
-"""The towers, by name. An encoder maps jagged item embeddings and times to jagged outputs (see `SequenceEncoder`)."""
+"""The encoders, by name. An encoder maps jagged item embeddings and times to jagged outputs (see `SequenceEncoder`)."""
 
 from typing import Callable, Dict
 
@@ -21,12 +21,12 @@ ENCODERS: Dict[str, Callable[[ModelConfig, int, float], SequenceEncoder]] = {
     "hstu_beta": build_hstu_beta,
     "sasrec_beta": SASRecBetaEncoder,
 }
-"""config.encoder -> builder(config, padded_length, time_unit). A new tower is one file and one line here, its cost in
+"""config.encoder -> builder(config, padded_length, time_unit). A new encoder is one file and one line here, its cost in
 `flops.BLOCK_COSTS`, and its name in config.EncoderName."""
 
 
 def build_encoder(config: ModelConfig, *, padded_length: int, time_unit: float = 1.0) -> SequenceEncoder:
-    """Builds the tower that config names, freshly initialised.
+    """Builds the encoder that config names, freshly initialised.
 
     Args:
         config: hyperparameters, checked by config.rules.

@@ -1,4 +1,4 @@
-"""What every tower shares: the input step, the call, and the checks at its edge.
+"""What every encoder shares: the input step, the call, and the checks at its edge.
 
 Shapes: T tokens, D embedding, N padded length.
 """
@@ -44,7 +44,7 @@ class SequenceEncoder(nn.Module):
             block.reset_parameters()
 
     def reset_positions(self) -> None:
-        """Xavier normal: the research code of HSTU and the FuXi towers overwrites the input step's own draw by it."""
+        """Xavier normal: the research code of HSTU and the FuXi encoders overwrites the input step's own draw by it."""
         nn.init.xavier_normal_(self.position_embedding_ND)
 
     def batch_context(self, timestamps_T: Tensor, next_timestamps_T: Tensor, layout: JaggedLayout) -> Any:

@@ -2,7 +2,7 @@
 
 Source: its sections 3.1 and 3.2. One low-dimensional Z with a scale and an offset per dimension for queries and for keys;
 A[i,j] = relu(q_i · k_j / n + bias[i - j])², n the padded length, as FuXi's experiments use it; docs/models.md. Its
-mixed-chunk linear attention pays for sequences longer than these towers', and is left out.
+mixed-chunk linear attention pays for sequences longer than these encoders', and is left out.
 
 Shapes: T tokens, D embedding, H heads, E = H * d gate and value width, q size of Z.
 """

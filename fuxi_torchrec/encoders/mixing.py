@@ -1,4 +1,4 @@
-"""What towers with query-free token mixing share (FuXi, and FuXi-β's framework on HSTU and SASRec): channels per block,
+"""What encoders with query-free token mixing share (FuXi, and FuXi-β's framework on HSTU and SASRec): channels per block,
 and the batch's mixing plan, made once for all blocks.
 
 Shapes: T tokens, H heads, d value size per head, C channels.

@@ -1,5 +1,5 @@
 """SASRec-β: FuXi-β's framework on SASRec's block. Softmax attention becomes the β token mixer (A_pos + A_time) v, so the
-tower knows what time it is and has neither queries nor keys.
+encoder knows what time it is and has neither queries nor keys.
 
 Source: FuXi-β (arXiv 2508.10615), the compatibility experiment; SASRec (arXiv 1808.09781); docs/models.md.
 

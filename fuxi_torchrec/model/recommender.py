@@ -1,4 +1,4 @@
-"""The recommender: an item table looked up by TorchRec, a tower that mixes a user's events, and the loss.
+"""The recommender: an item table looked up by TorchRec, an encoder that mixes a user's events, and the loss.
 
 Shape suffixes: T positions, E events, B users, D embedding, U candidates.
 """
@@ -32,7 +32,7 @@ class SequenceRecommender(nn.Module):
     def __init__(self, embeddings: nn.Module, tower: nn.Module):
         super().__init__()
         self.embeddings = embeddings
-        self.tower = tower
+        self.tower = tower  # the name of its parameters in every checkpoint
 
     def forward(self, batch: SequenceBatch) -> Tensor:
         """Computes the summed loss (float32 scalar) of a batch with negatives, or each user's query vector [B, D] of
@@ -43,7 +43,7 @@ class SequenceRecommender(nn.Module):
         return self.tower(embeddings, batch)
 
 
-class Tower(nn.Module):
+class EncoderWithLoss(nn.Module):
     """Encoder and loss on looked-up embeddings.
 
     Args:
@@ -128,7 +128,7 @@ def build_model(
         init_fn=_leave if on_meta else lambda weight: init_rows(weight, seed, width),
     )
     embeddings = EmbeddingCollection(tables=[table], device=torch.device("meta") if on_meta else device)
-    return SequenceRecommender(embeddings, Tower(encoder, config.loss, config.trainer.precision))
+    return SequenceRecommender(embeddings, EncoderWithLoss(encoder, config.loss, config.trainer.precision))
 
 
 def _leave(weight: Tensor) -> Tensor:

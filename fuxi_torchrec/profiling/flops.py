@@ -79,7 +79,7 @@ BLOCK_COSTS: Dict[str, Callable[[ModelConfig], BlockCost]] = {
     "hstu_beta": _hstu_beta,
     "sasrec_beta": _sasrec_beta,
 }
-"""config.encoder -> the cost of one of its blocks. A new tower needs its line here."""
+"""config.encoder -> the cost of one of its blocks. A new encoder needs its line here."""
 
 
 def causal_pairs(lengths: Iterable[int]) -> int:

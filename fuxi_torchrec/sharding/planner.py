@@ -29,7 +29,7 @@ from fuxi_torchrec.sharding.table_choice import TableChoice, choose_table
 
 GIB = 1 << 30
 BYTES_PER_MS = 10**6  # of 10^9 bytes a second
-# Of a rank's memory, left at least to the tower, its activations, the loss, and what the allocator loses.
+# Of a rank's memory, left at least to the encoder, its activations, the loss, and what the allocator loses.
 RESERVED_PART = 0.15
 SHARDINGS = ("row_wise", "table_wise", "column_wise")
 OPTIMIZERS = {"rowwise_adagrad": RowWiseAdagrad, "adagrad": torch.optim.Adagrad, "adam": torch.optim.Adam}
@@ -186,6 +186,6 @@ def _does_not_fit(config: Config, machine: Machine, num_items: int, reserved: in
         f"table.sharding: {config.table.sharding} finds no plan for {num_items:,} items x {config.model.embedding_dim} "
         f"({table:,.1f} GiB with fp32 rows) on {machine.world_size} ranks of {machine.memory / GIB:,.1f} GiB "
         f"(table.{'hbm' if machine.device_type == 'cuda' else 'ddr'}_gb, or the machine's), of which "
-        f"{reserved / GIB:,.1f} are kept for tower, activations and loss; take row_wise, more ranks, a narrower table or a "
+        f"{reserved / GIB:,.1f} are kept for encoder, activations and loss; take row_wise, more ranks, a narrower table or a "
         "smaller batch (fuxi-torchrec plan tells)"
     )

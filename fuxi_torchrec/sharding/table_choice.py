@@ -10,7 +10,7 @@ from fuxi_torchrec.config import Config
 from fuxi_torchrec.errors import UserError
 
 # auto replicates a table whose rows, gradient and two AdamW moments take at most this part of a rank's memory. Beyond
-# it, all-reducing and stepping a gradient of the whole table would outweigh the tower.
+# it, all-reducing and stepping a gradient of the whole table would outweigh the encoder.
 SMALL_PART = 0.02
 COPIES = 4
 FLOAT = 4

@@ -1,4 +1,4 @@
-"""torch.compile of a tower's blocks: one block's code for all of them and for every number of tokens.
+"""torch.compile of an encoder's blocks: one block's code for all of them and for every number of tokens.
 
 What mixes the rows of a user (`OUTSIDE`) stays out of it: its loops follow the lengths of the batch, and it has kernels of
 its own. What is compiled is row by row: norms, gates, dropout and products.

@@ -91,7 +91,7 @@ class SparseDistPipeline(TrainPipelineSparseDist):
     def _pipeline_model(self, batch: Optional[SequenceBatch], context: Any, *rest: Any, **more: Any) -> None:
         if is_sharded(self._model):
             super()._pipeline_model(batch, context, *rest, **more)
-        else:  # no lookup to take apart, which torchrec would search for by tracing the tower
+        else:  # no lookup to take apart, which torchrec would search for by tracing the encoder
             self.start_sparse_data_dist(batch, context)
 
     _computed = False

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fuxi_torchrec.checkpoint.research_adapter import encoder_from_reference, reference_grads, reference_params
+from fuxi_torchrec.checkpoint.research_adapter import encoder_from_research, research_grads, research_params
 from fuxi_torchrec.encoders import mixing
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.ops.token_mixing.dispatch import mix_by_plan
@@ -45,16 +45,16 @@ def test_every_tower_and_form_is_covered():
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_outputs_loss_and_every_gradient(path, sizes_of_time_functions):
     config, data, params = load(path)
-    model = encoder_from_reference(config, params)
+    model = encoder_from_research(config, params)
     outputs = model(data["item_ids"], data["timestamps"], data["next_timestamps"], data["lengths"])
     assert relative_error(outputs.detach().numpy(), data["outputs"]) < 1e-5
     loss = model.loss(outputs, data["target_ids"], data["negative_ids"])
     assert abs(loss.item() - float(data["loss"])) < 1e-5 * abs(float(data["loss"]))
     loss.backward()
-    grads = reference_grads(model)
+    grads = research_grads(model)
     for parameter, size in sizes_of_time_functions.items():
         parameter.grad = size.to(parameter.dtype)
-    sizes = reference_grads(model)
+    sizes = research_grads(model)
     assert set(grads) == set(params) == {name[len("grad/") :] for name in data if name.startswith("grad/")}
     for name, grad in grads.items():
         expected = data["grad/" + name]
@@ -65,7 +65,7 @@ def test_outputs_loss_and_every_gradient(path, sizes_of_time_functions):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_parameters_come_back_as_they_went_in(path):
     config, _, params = load(path)
-    back = reference_params(encoder_from_reference(config, params))
+    back = research_params(encoder_from_research(config, params))
     assert set(back) == set(params)
     for name, array in params.items():
         np.testing.assert_array_equal(back[name], array)
@@ -75,8 +75,8 @@ def test_a_wrong_parameter_is_named():
     config, _, params = load(FILES[0])
     name = "_input_features_preproc._pos_emb.weight"
     with pytest.raises(UserError, match=name):
-        encoder_from_reference(config, {k: v for k, v in params.items() if k != name})
+        encoder_from_research(config, {k: v for k, v in params.items() if k != name})
     with pytest.raises(UserError, match="_nobody"):
-        encoder_from_reference(config, {**params, "_nobody": np.zeros(3, np.float32)})
+        encoder_from_research(config, {**params, "_nobody": np.zeros(3, np.float32)})
     with pytest.raises(UserError, match=name):
-        encoder_from_reference(config, {**params, name: params[name][:-1]})
+        encoder_from_research(config, {**params, name: params[name][:-1]})

@@ -62,7 +62,7 @@ def test_candidates_that_fill_the_memory_make_a_plan_that_does_not_fit_and_auto_
     assert report(wide, cluster(512, hbm=8 * GIB), ITEMS, EVENTS).fits
     wide.data.batch_size = 1024
     made = report(wide, cluster(512, hbm=8 * GIB), ITEMS, EVENTS)
-    assert not made.fits and "kept for tower, activations and loss" in made.reason
+    assert not made.fits and "kept for encoder, activations and loss" in made.reason
     wide.loss.cross_rank = False
     assert report(wide, cluster(512, hbm=8 * GIB), ITEMS, EVENTS).fits
     # A table of 1.5 % of the memory is small, unless candidates take half of that.

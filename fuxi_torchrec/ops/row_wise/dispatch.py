@@ -265,7 +265,7 @@ def silu_split(x_TW: Tensor, sizes: Sequence[int]) -> Tuple[Tensor, ...]:
 
 
 def add_positions(x_TW: Tensor, table_NW: Tensor, position_T: Tensor, dropout_p: float, training: bool) -> Tensor:
-    """dropout(√W x + table[position]): the input step of every tower; [T, W]. position_T: int64."""
+    """dropout(√W x + table[position]): the input step of every encoder; [T, W]. position_T: int64."""
     scale, p = math.sqrt(x_TW.shape[1]), dropout_p if training else 0.0
     if native.usable(x_TW, table_NW):
         return native_rows.InputStep.apply(x_TW, table_NW, position_T, scale, p)
