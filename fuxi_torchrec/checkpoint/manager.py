@@ -82,7 +82,10 @@ class Checkpoints:
         one does."""
         found = self._agreed(storage.folders, self.folder)
         if found:
-            raise UserError(f"{self.folder}: checkpoints of a run are already here; go on by --resume, or name another")
+            raise UserError(
+                f"{self.folder}: checkpoints of a run are already here; go on by --resume, or name another "
+                "trainer.checkpoint_folder"
+            )
 
     def save(self, model: DistributedModelParallel, optimizer: Any, state: Dict[str, Any], is_best: bool) -> None:
         """Saves everything; every rank calls it. `state` must hold "step" and "best_value".

@@ -17,6 +17,9 @@ def check(config: Config) -> None:
         _check_value(name, getattr(section, key.name), key)
     if config.trainer.metric not in METRICS:
         raise UserError(f"trainer.metric: '{config.trainer.metric}' is none of {', '.join(METRICS)}")
+    folder = config.trainer.checkpoint_folder
+    if folder is not None and folder.startswith(("http://", "https://")):
+        raise UserError(f"trainer.checkpoint_folder: {folder}: nothing can be written there; name a folder or a bucket")
     _check_model(config)
     _check_loss(config.loss)
     check_table(config)

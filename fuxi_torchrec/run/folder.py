@@ -77,7 +77,8 @@ class RunFolder:
             try:
                 owned.enter_context(lock)
             except OSError as error:
-                raise UserError(f"{lock.what}: cannot be written ({error.strerror or error})") from None
+                key = "" if lock.what == path else "trainer.checkpoint_folder: "
+                raise UserError(f"{key}{lock.what}: cannot be written ({error.strerror or error})") from None
         resume = run._resumes(resume)
         run = cls.create(path, config, identity, resume)
         run._locks = locks
