@@ -61,6 +61,7 @@ class FLASHBlock(nn.Module):
         mixed_TE = dropout(u * y_T1E.flatten(1), self.dropout, self.training)
         return F.linear(mixed_TE, self.output_weight, self.output_bias) + x_TD
 
+    @torch.compiler.disable
     def mix(self, q_T1q: Tensor, k_T1q: Tensor, v_T1E: Tensor, layout: JaggedLayout) -> Tensor:
         """Attention, [T, 1, E]."""
         return squared_relu_attention(q_T1q, k_T1q, v_T1E, layout, self.positional.weight_N)

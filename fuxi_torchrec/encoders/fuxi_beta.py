@@ -70,6 +70,7 @@ class FuXiBlock(MixingBlock):
         z_TW = rms_norm(x_TD) @ self.input_weight
         return silu_split(z_TW, (self.mixed_width, values, z_TW.shape[1] - self.mixed_width - values))
 
+    @torch.compiler.disable
     def mix(self, v_TE: Tensor, queries_keys: Tensor, context: MixingContext) -> Tensor:
         """Mixes each user's values by every channel's causal map (2): [T, C * H * d], per head the channels side by side."""
         v_THd = v_TE.unflatten(1, (self.num_heads, self.value_dim))

@@ -59,6 +59,7 @@ class HSTUBlock(nn.Module):
         mixed = dropout(u * layer_norm(y_THd.flatten(1), EPS), self.dropout, self.training)
         return F.linear(mixed, self.output_weight, self.output_bias) + x_TD
 
+    @torch.compiler.disable
     def mix(self, q_THq: Tensor, k_THq: Tensor, v_THd: Tensor, context: HSTUContext) -> Tensor:
         """Attention, [T, H, d]."""
         weights = (self.positional.weight_N, self.bucketed_temporal.weight)

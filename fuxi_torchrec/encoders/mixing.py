@@ -61,6 +61,7 @@ class MixingBlock(nn.Module):
         if self.asked_mixing in ("auto", "linear"):
             self.token_mixing = self.asked_mixing if within else "exact"
 
+    @torch.compiler.disable
     def mix_channels(self, v_THd: Tensor, context: MixingContext) -> Tensor:
         """Mixes the values by every channel: [T, H, C, d], the channels side by side."""
         return mix_by_plan(v_THd, self.mixing_channels(), context.plans[self.plan_key])

@@ -112,6 +112,7 @@ class SASRecBlock(nn.Module):
         y_TD = self.mix(q, k, v, layout).flatten(1)
         return F.linear(y_TD, self.attention_out_weight, self.attention_out_bias)
 
+    @torch.compiler.disable
     def mix(self, q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, layout: JaggedLayout) -> Tensor:
         """Attention, [T, H, d]."""
         return causal_softmax_attention(q_THd, k_THd, v_THd, layout, self.attention_dropout if self.training else 0.0)

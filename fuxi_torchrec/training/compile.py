@@ -1,7 +1,8 @@
 """torch.compile of an encoder's blocks: one block's code for all of them and for every number of tokens.
 
-What mixes the rows of a user (`OUTSIDE`) stays out of it: its loops follow the lengths of the batch, and it has kernels of
-its own. What is compiled is row by row: norms, gates, dropout and products.
+What mixes the rows of a user (a block's `mix` or `mix_channels`, which `torch.compiler.disable` marks) stays out of it: its
+loops follow the lengths of the batch, and it has kernels of its own. What is compiled is row by row: norms, gates, dropout
+and products.
 """
 
 import os
@@ -13,8 +14,6 @@ from fuxi_torchrec.encoders.base import SequenceEncoder
 from fuxi_torchrec.errors import UserError
 
 BACKEND = "inductor"
-OUTSIDE = ("mix", "mix_channels")
-"""Methods of blocks that are called as they are."""
 
 
 def check_compiler(device_type: str) -> None:
@@ -49,11 +48,5 @@ def compile_blocks(encoder: SequenceEncoder) -> None:
     is_cuda = encoder.position_embedding_ND.device.type == "cuda"
     options = {"fallback_random": True} if is_cuda else None
     for block in encoder.blocks:
-        block_class = type(block)
-        # Of the class: a function of each block's own would be compiled block by block.
-        for name in OUTSIDE:
-            method = getattr(block_class, name, None)
-            if method is not None and not hasattr(method, "_torchdynamo_disable"):
-                setattr(block_class, name, torch.compiler.disable(method))
         block.compile(dynamic=True, backend=BACKEND, options=options)
     encoder.is_compiled = True
