@@ -47,10 +47,9 @@ class Archive:
     def __enter__(self) -> "Archive":
         return self
 
-    def __exit__(self, kind, error, traceback) -> bool:
+    def __exit__(self, *failure: object) -> None:
         if self._zip is not None:
             self._zip.close()
-        return False
 
     @property
     def name(self) -> str:
@@ -93,7 +92,8 @@ class Archive:
     def _open(self, name: str) -> BinaryIO:
         if self._zip is None:
             return open(os.path.join(self._path, name), "rb")
-        return io.BufferedReader(self._zip.open(name), 1 << 20)
+        # A member of an archive reads as a raw stream does.
+        return io.BufferedReader(self._zip.open(name), 1 << 20)  # type: ignore[type-var]
 
 
 def verify_checksum(path: str, expected: str) -> None:
@@ -145,6 +145,6 @@ def _files_in(folder: str) -> List[str]:
     return names
 
 
-def _update(digest, file: BinaryIO) -> None:
+def _update(digest: "hashlib._Hash", file: BinaryIO) -> None:
     while block := file.read(1 << 20):
         digest.update(block)

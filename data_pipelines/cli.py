@@ -7,7 +7,10 @@ stands behind them, and its errors name an option as it is typed.
 import argparse
 import re
 import sys
-from typing import Any, Dict, List, NoReturn
+from typing import TYPE_CHECKING, Any, Dict, List, NoReturn, Optional
+
+if TYPE_CHECKING:
+    from fuxi_torchrec.data.format import DatasetIdentity
 
 COMMANDS = {
     "movielens": "a MovieLens archive (ml-100k, 1m, 10m, 20m, 25m, 32m, latest, latest-small)",
@@ -46,6 +49,7 @@ def run(options: argparse.Namespace) -> None:
     """Runs a pipeline with its parsed options and prints a summary. Raises UserError for bad input."""
     given: Dict[str, Any] = {key: value for key, value in vars(options).items() if value is not None}
     command = given.pop("kind")
+    identity: Optional[DatasetIdentity]
     if command == "movielens":
         from data_pipelines.movielens import prepare_movielens
 
@@ -70,7 +74,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 
-def summary(identity, output: str) -> List[str]:
+def summary(identity: "DatasetIdentity", output: str) -> List[str]:
     """Lines that say what a data set holds and what was found on the way."""
     rows = [
         ("users", f"{identity.num_users:,}"),
@@ -92,7 +96,7 @@ def summary(identity, output: str) -> List[str]:
     return [f"{output}: {identity.name}"] + [f"  {name:<11}{text}" for name, text in rows]
 
 
-def _run_synthetic(given: Dict[str, Any]):
+def _run_synthetic(given: Dict[str, Any]) -> "Optional[DatasetIdentity]":
     if given.pop("format") == "sequences":
         from data_pipelines.synthetic import prepare_synthetic
 
@@ -171,7 +175,7 @@ def _memory_limit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory-limit", default="2GB", help=what)
 
 
-def _time_range(identity) -> str:
+def _time_range(identity: "DatasetIdentity") -> str:
     from datetime import datetime, timezone
 
     def date(ticks: int) -> str:

@@ -12,7 +12,7 @@ Shapes: B users of a block, L positions, V items, C clusters.
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Dict
+from typing import Any, Dict, Optional, Tuple
 
 import numpy as np
 
@@ -51,7 +51,7 @@ class Generator:
     start_time: int = 1_000_000_000
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         rules = [
             (self.items >= 1, "items", "at least 1"),
             (self.events_per_user >= 2, "events-per-user", "at least 2"),
@@ -165,7 +165,9 @@ def _draw_times(law: Generator, rng: np.random.Generator, lengths: np.ndarray) -
     return np.cumsum(steps, axis=1)
 
 
-def _draw_events(law: Generator, catalogue: Catalogue, rng, lengths: np.ndarray, times: np.ndarray):
+def _draw_events(
+    law: Generator, catalogue: Catalogue, rng: np.random.Generator, lengths: np.ndarray, times: np.ndarray
+) -> Tuple[np.ndarray, np.ndarray]:
     """(ranks int64, log p float64), each [B, L]; rows are ordered by falling length."""
     ranks = np.zeros(times.shape, np.int64)
     log_probs = np.zeros(times.shape)
@@ -199,14 +201,18 @@ class History:
     times int64, clusters int32, ranks int64, each [n, W]; now int64 [n], the next event's times.
     """
 
-    def __init__(self, times, clusters, ranks, now, law: Generator):
+    def __init__(
+        self, times: np.ndarray, clusters: np.ndarray, ranks: np.ndarray, now: np.ndarray, law: Generator
+    ) -> None:
         self.law, self.clusters, self.ranks = law, clusters, ranks
         self.weights = ((now[:, None] - times) + 1.0) ** -law.decay
         self.cumulative = np.cumsum(self.weights, axis=1)
         self.total = self.cumulative[:, -1]
 
-    def draw(self, catalogue: Catalogue, rng, remaining) -> np.ndarray:
-        """Ranks [n]. remaining (float64 [n], or None): what is left of p after the visible items are taken out."""
+    def draw(
+        self, catalogue: Catalogue, rng: np.random.Generator, remaining: Optional[np.ndarray]
+    ) -> np.ndarray:
+        """Draws ranks [n]. remaining (float64 [n], or None): what is left of p after the visible items are taken out."""
         rows = np.arange(len(self.total))
         if remaining is None:
             return self._draw_once(catalogue, rng, rows)
@@ -222,7 +228,7 @@ class History:
             rows = rows[rejected]
         return result
 
-    def _draw_once(self, catalogue: Catalogue, rng, rows: np.ndarray) -> np.ndarray:
+    def _draw_once(self, catalogue: Catalogue, rng: np.random.Generator, rows: np.ndarray) -> np.ndarray:
         fresh, which, where = rng.random((3, len(rows)))
         target = which * self.total[rows]
         cumulative = self.cumulative if len(rows) == len(self.cumulative) else self.cumulative[rows]
@@ -277,6 +283,6 @@ class SeenMass:
         seen_by_history = np.einsum("nw,nw->n", history.weights, seen) / history.total
         epsilon = self.law.epsilon
         left = 1.0 - (1 - epsilon) * seen_by_history - epsilon * self.overall[:n]
-        for row in np.flatnonzero(left < MIN_REMAINING):
+        for row in np.flatnonzero(left < MIN_REMAINING).tolist():
             left[row] = max(history.unseen_law(self.catalogue, row).sum(), 0.0)
         return left

@@ -4,7 +4,8 @@ import contextlib
 import signal
 import sys
 import threading
-from typing import Iterator, List
+from types import FrameType
+from typing import Iterator, List, Optional
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -24,7 +25,7 @@ def ended_by_signals() -> Iterator[Stop]:
     """
     stop = Stop()
 
-    def first(number: int, frame) -> None:
+    def first(number: int, frame: Optional[FrameType]) -> None:
         stop.code = 128 + number
         for each in before:
             signal.signal(each, signal.SIG_IGN)

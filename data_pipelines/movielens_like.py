@@ -2,7 +2,7 @@
 
 import os
 import zipfile
-from typing import Iterator, List
+from typing import Any, Iterator, List
 
 import numpy as np
 
@@ -36,7 +36,7 @@ _README = (
 
 
 def write_movielens_archive(
-    path: str, users: int, items: int, events_per_user: int, seed: int = 0, overwrite: bool = False, **parameters
+    path: str, users: int, items: int, events_per_user: int, seed: int = 0, overwrite: bool = False, **parameters: Any
 ) -> str:
     """Writes a zip in the layout of GroupLens' ml-1m.zip: ratings.dat, movies.dat (latin-1), users.dat. Returns `path`.
 
@@ -94,7 +94,9 @@ def _write_members(archive: zipfile.ZipFile, top: str, law: Generator, users: in
     write("ratings.dat", _rating_lines(law, catalogue, film_ids, users, rng))
 
 
-def _rating_lines(law: Generator, catalogue: Catalogue, film_ids: np.ndarray, users: int, rng) -> Iterator[str]:
+def _rating_lines(
+    law: Generator, catalogue: Catalogue, film_ids: np.ndarray, users: int, rng: np.random.Generator
+) -> Iterator[str]:
     user = 0
     for block in blocks(law, catalogue, users):
         owners = np.repeat(np.arange(user + 1, user + 1 + len(block.lengths)), block.lengths)
@@ -105,7 +107,7 @@ def _rating_lines(law: Generator, catalogue: Catalogue, film_ids: np.ndarray, us
         user += len(block.lengths)
 
 
-def _user_lines(users: int, rng) -> Iterator[str]:
+def _user_lines(users: int, rng: np.random.Generator) -> Iterator[str]:
     for user in range(1, users + 1):
         gender, age, occupation, code = rng.integers((2, len(AGES), 21, 100_000)).tolist()
         yield f"{user}::{'FM'[gender]}::{AGES[age]}::{occupation}::{code:05d}\n"

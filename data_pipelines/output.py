@@ -7,7 +7,8 @@ import re
 import shutil
 import tempfile
 import weakref
-from typing import Any, BinaryIO, Callable, ContextManager, Dict, Iterator, List, Optional, Tuple
+from types import TracebackType
+from typing import Any, BinaryIO, Callable, ContextManager, Dict, Iterator, List, Optional, Tuple, Type, Union
 
 from data_pipelines.interrupts import uninterrupted
 from fuxi_torchrec.data.checksums import describe_files
@@ -58,7 +59,7 @@ class OutputFolder:
             raise
         return self
 
-    def open(self, name: str) -> BinaryIO:
+    def open(self, name: str) -> "Union[BinaryIO, GuardedStream]":
         """Opens DIR/`name` for writing; folders in the name are made."""
         path = join(self.folder, name)
         if self.is_local:
@@ -69,7 +70,7 @@ class OutputFolder:
             if not self._names:
                 self._clear_address()
             self._names.append(name)
-            return _GuardedStream(path_manager().open(path, "wb"), self._reaching)
+            return GuardedStream(path_manager().open(path, "wb"), self._reaching)
 
     def described(self) -> Tuple[Dict[str, Dict[str, Any]], str]:
         """Reads back what was written; returns dataset.json's `files` and `content_checksum`."""
@@ -84,14 +85,15 @@ class OutputFolder:
                 self._rename()
             self._committed = True
 
-    def __exit__(self, kind, error, traceback) -> bool:
+    def __exit__(
+        self, kind: Optional[Type[BaseException]], error: Optional[BaseException], traceback: Optional[TracebackType]
+    ) -> None:
         with uninterrupted():
             if not self.is_local and not self._committed:
                 self._remove_from_address()
             self._clean_up()
         if error is not None:
             reraise_full_disk(error, self.output)
-        return False
 
     def _enter_folder(self, parent: str, name: str) -> None:
         self._refuse_place()
@@ -194,7 +196,7 @@ class OutputFolder:
                     break
 
 
-class _GuardedStream:
+class GuardedStream:
     """A binary stream to an address whose errors, which come while it is written and closed too, are UserErrors."""
 
     def __init__(self, stream: BinaryIO, guard: Callable[[], ContextManager[None]]):
@@ -208,10 +210,10 @@ class _GuardedStream:
         with self._guard():
             self._stream.close()
 
-    def __enter__(self) -> "_GuardedStream":
+    def __enter__(self) -> "GuardedStream":
         return self
 
-    def __exit__(self, kind, error, traceback) -> None:
+    def __exit__(self, *failure: object) -> None:
         self.close()
 
     def __getattr__(self, name: str) -> Any:  # flush, tell, closed, writable, …

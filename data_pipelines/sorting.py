@@ -4,7 +4,8 @@ Grouping with list(… ORDER BY …) needs every list in memory; sorting to a te
 """
 
 import os
-from typing import Dict, Iterator, List, Optional
+from types import TracebackType
+from typing import TYPE_CHECKING, Dict, Iterator, List, Optional, Type
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +13,9 @@ import pyarrow.parquet as pq
 
 from data_pipelines.writer import Sequences
 from fuxi_torchrec.errors import UserError
+
+if TYPE_CHECKING:
+    import duckdb
 
 BATCH_ROWS = 1 << 18
 
@@ -34,7 +38,9 @@ class EventSorter:
     def __enter__(self) -> "EventSorter":
         return self
 
-    def __exit__(self, kind, error, traceback) -> bool:
+    def __exit__(
+        self, kind: Optional[Type[BaseException]], error: Optional[BaseException], traceback: Optional[TracebackType]
+    ) -> None:
         if self._raw is not None:
             try:
                 self._raw.close()
@@ -44,12 +50,11 @@ class EventSorter:
             self._connection.close()
         if isinstance(error, RuntimeError) and "Query interrupted" in str(error):
             raise KeyboardInterrupt from None  # DuckDB's way of passing Ctrl-C on
-        if error is not None and kind.__module__.split(".")[0] in ("duckdb", "_duckdb"):
+        if kind is not None and kind.__module__.split(".")[0] in ("duckdb", "_duckdb"):
             if kind.__name__ == "OutOfMemoryException" and "max_temp_directory_size" not in str(error):
                 raise UserError(
                     f"--memory-limit {self.memory_limit}: too little to sort {self.num_events:,} events; raise it"
                 ) from None
-        return False
 
     def add(self, users: pa.Array, items: pa.Array, times: pa.Array, extras: Dict[str, pa.Array]) -> None:
         """Adds events in source order. users, items: int64 or string; times int64; each keeps its type throughout."""
@@ -150,7 +155,7 @@ class EventSorter:
         extras = {name: _one_array(table[f"x{k}"]) for k, name in enumerate(self._extras)}
         return Sequences(users[starts], offsets, items, times, extras)
 
-    def _connect(self):
+    def _connect(self) -> "duckdb.DuckDBPyConnection":
         import duckdb
 
         connection = duckdb.connect(self._file("duckdb"))

@@ -2,8 +2,8 @@
 
 import os
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
-from typing import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Deque, Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +16,7 @@ from fuxi_torchrec.errors import UserError
 
 
 def prepare_synthetic(
-    output: str, users: int, items: int, events_per_user: int, overwrite: bool = False, **parameters
+    output: str, users: int, items: int, events_per_user: int, overwrite: bool = False, **parameters: Any
 ) -> DatasetIdentity:
     """Makes the data set `output` of `users` generated users. `parameters`: further fields of `Generator`.
 
@@ -58,7 +58,7 @@ def blocks(law: Generator, catalogue: Catalogue, users: int) -> Iterator[Block]:
     workers = os.cpu_count() or 1
     sizes = [min(law.block_users, users - first) for first in range(0, users, law.block_users)]
     with ThreadPoolExecutor(workers) as pool:
-        pending = deque()
+        pending: Deque[Future[Block]] = deque()
         try:
             for index, size in enumerate(sizes):
                 pending.append(pool.submit(generate_block, law, catalogue, index, size))

@@ -3,7 +3,7 @@
 import csv
 import io
 from dataclasses import dataclass, field
-from typing import BinaryIO, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import BinaryIO, Callable, ContextManager, Dict, Iterator, List, Optional, Tuple, Union
 
 import pyarrow as pa
 import pyarrow.csv as pa_csv
@@ -25,7 +25,7 @@ class CsvTable:
     """
 
     name: str
-    open_file: Callable[[], BinaryIO]
+    open_file: Callable[[], ContextManager[BinaryIO]]
     columns: List[str]
     delimiter: str = ","
     names: Optional[List[str]] = None
@@ -52,7 +52,7 @@ class CsvTable:
             raise UserError(f"{self.name}: damaged or truncated ({_one_line(error)}); fetch it again") from None
 
     def place(self, row: int) -> str:
-        """Where data row `row` (0-based) begins: 'line N', 1-based, the header, empty lines and all counted."""
+        """Says where data row `row` (0-based) begins: 'line N', 1-based, the header, empty lines and all counted."""
         with self.open_file() as file:
             for number, (line, _) in enumerate(self._records(file), start=-1 if self.names is None else 0):
                 if number == row:
@@ -141,11 +141,12 @@ class ParquetTable:
             raise UserError(f"{self.name}: not a readable Parquet file ({_one_line(error)}); fetch it again") from None
 
     def place(self, row: int) -> str:
+        """Says which row `row` (0-based) is."""
         return f"row {row + 1}"
 
 
-def refuse(table, first_row: int, column: str, error: BadValue, hint: str = "") -> UserError:
-    """The UserError for a bad value found in the block of `table` that begins after `first_row` rows."""
+def refuse(table: "Union[CsvTable, ParquetTable]", first_row: int, column: str, error: BadValue, hint: str = "") -> UserError:
+    """Makes the UserError for a bad value found in the block of `table` that begins after `first_row` rows."""
     if error.row is None:
         return UserError(f"{table.name}, column {column!r}: {error}{hint}")
     return UserError(f"{table.name}, {table.place(first_row + error.row)}, column {column!r}: {error}{hint}")

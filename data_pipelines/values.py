@@ -5,7 +5,7 @@ which knows the first bad row within the array and says what is wrong with it.
 """
 
 import re
-from typing import Optional
+from typing import Any, Callable, Optional
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -216,7 +216,7 @@ def _casts(text: str, kind: pa.DataType) -> bool:
         return False
 
 
-def _first_not(array: pa.Array, accepts, message: str) -> BadValue:
+def _first_not(array: pa.Array, accepts: Callable[[Any], bool], message: str) -> BadValue:
     for row, value in enumerate(array.to_pylist()):
         if value is None or not accepts(value):
             return BadValue(row, message.format(value))

@@ -1,13 +1,14 @@
 """Streams users' sequences to the Parquet sequence format. Memory: one row group, plus one count per item."""
 
 from dataclasses import dataclass, field
-from typing import Dict, Iterable, List, Optional
+from types import TracebackType
+from typing import Any, BinaryIO, Dict, Iterable, List, Optional, Type, Union
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_pipelines.output import OutputFolder
+from data_pipelines.output import GuardedStream, OutputFolder
 from fuxi_torchrec.data.format import (
     IDENTITY_FILE,
     ITEMS_FILE,
@@ -89,14 +90,16 @@ class SequenceWriter:
         self._pending: List[Sequences] = []
         self._pending_users = self._pending_events = 0
         self._part: Optional[pq.ParquetWriter] = None
-        self._part_file = None
+        self._part_file: Union[BinaryIO, GuardedStream, None] = None
         self._parts = self._groups = 0
         self._columns: List[str] = []
 
     def __enter__(self) -> "SequenceWriter":
         return self
 
-    def __exit__(self, kind, error, traceback) -> None:
+    def __exit__(
+        self, kind: Optional[Type[BaseException]], error: Optional[BaseException], traceback: Optional[TracebackType]
+    ) -> None:
         if error is not None:
             try:
                 self._close_part()
@@ -145,7 +148,7 @@ class SequenceWriter:
             for batch in batches:
                 writer.write_table(pa.Table.from_batches([batch]).cast(schema))
 
-    def finish(self, report: Dict[str, int], **identity) -> DatasetIdentity:
+    def finish(self, report: Dict[str, int], **identity: Any) -> DatasetIdentity:
         """Writes dataset.json and puts the data set in place. `identity` holds what the counts do not say."""
         self._close_part()
         files, checksum = self.output.described()
@@ -188,6 +191,7 @@ class SequenceWriter:
             try:
                 part.close()
             finally:
+                assert self._part_file is not None  # opened with the part
                 self._part_file.close()
         self._groups = 0
 
@@ -219,7 +223,7 @@ def _concatenate(pieces: List[Sequences]) -> Sequences:
 def _to_table(group: Sequences) -> pa.Table:
     offsets = pa.array(group.offsets, pa.int32())  # MAX_EVENTS_PER_GROUP and one user's events fit
 
-    def as_lists(values) -> pa.Array:
+    def as_lists(values: pa.Array) -> pa.Array:
         return pa.ListArray.from_arrays(offsets, values)
 
     arrays = [pa.array(group.user_ids), as_lists(pa.array(group.item_ids)), as_lists(pa.array(group.timestamps))]

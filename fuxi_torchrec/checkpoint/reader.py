@@ -92,7 +92,9 @@ class Reader(FileSystemReader):
 
     def __init__(self, path: str, files: Dict[str, Dict[str, Any]]):
         super().__init__(path)
-        self.fs, self.path, self.files = Files(), path, files
+        # DCP asks no more of it than FileSystemBase has.
+        self.fs = Files()  # type: ignore[assignment]
+        self.path, self.files = path, files
         self._problem: Optional[Exception] = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -255,7 +257,7 @@ def _without_overlaps(wanted: List[_Wanted]) -> List[List[_Wanted]]:
 
 def _view(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor."""
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def _bytes(shape: Sequence[int], dtype: torch.dtype) -> int:

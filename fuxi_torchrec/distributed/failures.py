@@ -55,7 +55,7 @@ def signals() -> Iterator[List[int]]:
 
 @contextmanager
 def fail_together(world: World, on_failure: Callable[[str], None] = lambda reason: None) -> Iterator[None]:
-    """Around everything that a process group does: any rank's error ends all of them, and one rank tells it.
+    """Ends all ranks of a process group at the error of any, and has one rank print it; around everything they do.
 
     A UserError of another rank is printed by rank 0 as "rank k: …"; a rank that died or hangs becomes a LostProcess.
 
@@ -65,7 +65,8 @@ def fail_together(world: World, on_failure: Callable[[str], None] = lambda reaso
     if world.size == 1:
         yield
         return
-    store = dist.distributed_c10d._get_default_store().clone()  # a connection of its own: the group's may be waiting
+    # A connection of its own: the group's may be waiting. (torch's stubs leave clone out.)
+    store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
     store.set_timeout(timedelta(seconds=PATIENCE))
     watch = _Watch(store, on_failure) if world.is_main else None
     try:
@@ -131,18 +132,19 @@ def _failure(error: Exception, store: dist.Store, world: World) -> BaseException
             lines = " ".join(message.split())
             store.compare_set(FAILED, "", json.dumps({"rank": world.rank, "message": lines, "code": code}))
             reported = _wait_for(store, HEARD)
-            if code == 1:
+            if not isinstance(error, UserError):
                 return SystemExit(1)
             error.reported = reported
         else:
             store.set(HEARD, "")  # the others wait for this before they tell the same mistake again
     except (dist.DistError, RuntimeError, ValueError):  # the store is gone with rank 0, which has told what it knew
         error = LostProcess("rank 0 is gone") if is_lost(error) else error
-        error.reported = not world.is_main
+        if isinstance(error, (UserError, LostProcess)):
+            error.reported = not world.is_main
     return error
 
 
-def is_lost(error: Exception) -> bool:
+def is_lost(error: BaseException) -> bool:
     """Tells whether a collective failed because of another process."""
     text = str(error).lower()
     return isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or any(word in text for word in LOST))

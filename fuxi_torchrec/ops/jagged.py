@@ -5,7 +5,7 @@ Shapes: T tokens of the batch, B users, G users of one length group, N its padde
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -198,7 +198,7 @@ class JaggedLayout:
         return Slots(users_B5, *(index.to(self.device, non_blocking=True) for index in moves))
 
 
-def _runs_of_similar_length(descending: Sequence[int]):
+def _runs_of_similar_length(descending: Sequence[int]) -> Iterator[Tuple[int, int]]:
     """(first, last) ranges of the non-zero lengths that one group takes."""
     first = 0
     while first < len(descending) and descending[first] > 0:
@@ -228,23 +228,23 @@ def from_padded(padded_BN: Tensor, layout: JaggedLayout) -> Tensor:
 
 class _ToSlots(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, values_T, layout):
+    def forward(ctx: Any, values_T: Tensor, layout: JaggedLayout) -> Tensor:
         ctx.layout = layout
         return values_T.index_select(0, layout.token_P)
 
     @staticmethod
-    def backward(ctx, grad_P):
+    def backward(ctx: Any, grad_P: Tensor) -> Tuple[Tensor, None]:
         return grad_P.index_select(0, ctx.layout.slot_T), None
 
 
 class _FromSlots(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, values_P, layout):
+    def forward(ctx: Any, values_P: Tensor, layout: JaggedLayout) -> Tensor:
         ctx.layout = layout
         return values_P.index_select(0, layout.slot_T)
 
     @staticmethod
-    def backward(ctx, grad_T):
+    def backward(ctx: Any, grad_T: Tensor) -> Tuple[Tensor, None]:
         return slots_with_zero_padding(grad_T, ctx.layout), None
 
 

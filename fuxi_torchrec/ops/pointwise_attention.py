@@ -8,7 +8,7 @@ Shapes: T tokens, P padded slots, H heads, q query/key and d value size per head
 B = G * H, R rows of a strip, W its columns, w those of a tile.
 """
 
-from typing import Callable, Iterator, List, NamedTuple, Optional
+from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +79,7 @@ def silu_attention_reference(
     if lag_weights_N is not None:
         scores_BHNN = scores_BHNN + lag_weights_N[lag_NN.clamp(min=0)]
     if bucket_weights is not None:
+        assert gaps is not None
         past_BN, next_BN = to_padded(gaps.timestamps_T, layout), to_padded(gaps.next_timestamps_T, layout)
         ticks_BNN = next_BN[:, :, None] - past_BN[:, None, :]
         bucket_BNN = gap_feature(ticks_BNN, gaps.time_unit, "bucket", bucket_weights.dtype)
@@ -112,7 +113,18 @@ class _PointwiseAttention(torch.autograd.Function):
     """apply(q_PHq, k_PHq, v_PHd, lag weights, bucket weights, slots, strips, scale, activation) -> y_PHd."""
 
     @staticmethod
-    def forward(ctx, q_PHq, k_PHq, v_PHd, lag_weights_N, bucket_weights, slots, strips, scale, activation):
+    def forward(
+        ctx: Any,
+        q_PHq: Tensor,
+        k_PHq: Tensor,
+        v_PHd: Tensor,
+        lag_weights_N: Optional[Tensor],
+        bucket_weights: Optional[Tensor],
+        slots: Slots,
+        strips: Optional[StripGaps],
+        scale: float,
+        activation: _Activation,
+    ) -> Tensor:
         ctx.save_for_backward(q_PHq, k_PHq, v_PHd, lag_weights_N, bucket_weights)
         ctx.slots, ctx.strips, ctx.scale, ctx.activation = slots, strips, scale, activation
         y_PHd = torch.empty_like(v_PHd, memory_format=torch.contiguous_format)
@@ -130,7 +142,7 @@ class _PointwiseAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_PHd):
+    def backward(ctx: Any, grad_PHd: Tensor) -> Tuple[Optional[Tensor], ...]:
         q_PHq, k_PHq, v_PHd, lag_weights_N, bucket_weights = ctx.saved_tensors
         grads_P = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_PHq, k_PHq, v_PHd)]
         grad_lags = None if lag_weights_N is None else torch.zeros_like(lag_weights_N)
@@ -154,8 +166,10 @@ class _PointwiseAttention(torch.autograd.Function):
                     grad_q_Bnq[:, rows].baddbmm_(by_scores_BRw, k_Bnq[:, columns])
                     grad_k_Bnq[:, columns].baddbmm_(by_scores_BRw.mT, q_Bnq[:, rows])
                 if grad_lags is not None:
+                    assert by_bias_GRW is not None
                     sum_diagonals(grad_lags, by_bias_GRW.sum(0), rows.start)
                 if grad_buckets is not None:
+                    assert by_bias_GRW is not None and bucket_GRW is not None
                     grad_buckets.index_add_(0, bucket_GRW.flatten(), by_bias_GRW.flatten())
             for grad_P, grad_Bn in zip(grads_P, grads):
                 _write_group(grad_P, group, grad_Bn)
@@ -174,7 +188,12 @@ def _write_group(x_PHw: Tensor, group: LengthGroup, part_Bnw: Tensor) -> None:
 
 
 def _strips(
-    slots: Slots, group: LengthGroup, heads: int, lag_weights_N, bucket_weights, strips: Optional[StripGaps]
+    slots: Slots,
+    group: LengthGroup,
+    heads: int,
+    lag_weights_N: Optional[Tensor],
+    bucket_weights: Optional[Tensor],
+    strips: Optional[StripGaps],
 ) -> Iterator[_Strip]:
     rows = min(jagged.STRIP_ROWS, group.length)
     width = max(SMALLEST_TILE, TILE_ENTRIES // (group.users * heads * rows))
@@ -184,6 +203,7 @@ def _strips(
         if lag_weights_N is not None:
             bias_GRW = lag_strip(lag_weights_N, first, last - first, lag_weights_N.dtype)[None]
         if bucket_weights is not None:
+            assert strips is not None
             bucket_GRW = strips.strip(group, first)
             time_GRW = TIME_MAPS["bucketed"].evaluate(bucket_GRW, bucket_weights)
             bias_GRW = time_GRW if bias_GRW is None else time_GRW.add_(bias_GRW)

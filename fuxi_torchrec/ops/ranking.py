@@ -52,7 +52,7 @@ class QueryBlock(NamedTuple):
     query_qD: Tensor  # float32
     target_q: Tensor  # int64
     seen: Seen
-    count: int
+    count: int  # type: ignore[assignment]  # in place of the method that every tuple has
 
 
 class Others(Protocol):

@@ -6,7 +6,7 @@ bring none. With TRITON_INTERPRET=1 set before the first import the kernels run 
 
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import Callable, Dict, Sequence, Tuple
+from typing import Callable, Dict, Protocol, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -15,20 +15,26 @@ Tiles = Tuple[Dict[str, int], int, int]
 """Tile sizes by their names in the kernel, warps, pipeline stages."""
 
 
+class Launcher(Protocol):
+    """A kernel: kernel[grid] launches it on its arguments."""
+
+    def __getitem__(self, grid: object) -> Callable[..., object]: ...
+
+
 IS_INSTALLED = find_spec("triton") is not None
 
 
 @lru_cache(maxsize=1)
 def is_interpreting() -> bool:
-    """True where kernels run in Triton's interpreter, on a CPU."""
+    """Tells whether kernels run in Triton's interpreter, on a CPU."""
     from triton import knobs
 
     return bool(knobs.runtime.interpret)
 
 
 def check_can_run(x: Tensor, what: str) -> None:
-    """RuntimeError, with what to do, where a Triton kernel cannot run on x. For the operators' bodies: torch.compile
-    cannot trace it."""
+    """Checks that a Triton kernel can run on x. For the operators' bodies: torch.compile cannot trace it. Raises
+    RuntimeError, with what to do."""
     if not IS_INSTALLED:
         raise RuntimeError(
             f"{what}: the triton package is not installed; CUDA builds of torch bring it, elsewhere choose another "
@@ -42,12 +48,12 @@ def check_can_run(x: Tensor, what: str) -> None:
 
 
 def power_of_two(n: int, least: int = 16) -> int:
-    """The smallest power of two that is at least n and `least`."""
+    """Returns the smallest power of two that is at least n and `least`."""
     return max(least, 1 << max(n - 1, 0).bit_length())
 
 
-def tuned(kernel: Callable, tiles: Sequence[Tiles], key: Sequence[str]) -> Callable:
-    """The kernel with tile sizes filled in: the fastest of those given, tried at the first call for each value of the
+def tuned(kernel: Launcher, tiles: Sequence[Tiles], key: Sequence[str]) -> Launcher:
+    """Fills in a kernel's tile sizes: the fastest of those given, tried at the first call for each value of the
     arguments in `key`. Launched as kernel[grid](...)."""
     import triton
 
@@ -55,6 +61,6 @@ def tuned(kernel: Callable, tiles: Sequence[Tiles], key: Sequence[str]) -> Calla
     return triton.autotune(configs, key=list(key))(kernel)
 
 
-def on_device_of(x: Tensor):
-    """Context in which launches go to x's GPU; nothing for a CPU."""
+def on_device_of(x: Tensor) -> torch.cuda.device_of:
+    """Makes a context in which launches go to x's GPU; it does nothing for a CPU."""
     return torch.cuda.device_of(x)

@@ -51,8 +51,9 @@ class RunFolder:
         run._check_start(config, identity, resume)
         try:
             os.makedirs(path, exist_ok=True)
-            if launch_id() is not None:
-                write_aside(run._file(LAUNCH_FILE), launch_id())
+            launch = launch_id()
+            if launch is not None:
+                write_aside(run._file(LAUNCH_FILE), launch)
             if not run._exists():  # else the trainer does, once a checkpoint has been found to fit
                 run.note_saved(None)
                 run.describe(config, identity)
@@ -70,15 +71,16 @@ class RunFolder:
         owned: holds the locks of all that the run writes, from here until it is closed; None takes none.
         """
         run = cls(path)
-        locks = run._lock(config) if owned is not None else []
-        if locks:
+        locks: List[Lock] = []
+        if owned is not None:
             run._check_start(config, identity, run._resumes(resume))  # a mistake is told before anybody is waited for
-        for lock in locks:
-            try:
-                owned.enter_context(lock)
-            except OSError as error:
-                key = "" if lock.what == path else "trainer.checkpoint_folder: "
-                raise UserError(f"{key}{lock.what}: cannot be written ({error.strerror or error})") from None
+            locks = run._lock(config)
+            for lock in locks:
+                try:
+                    owned.enter_context(lock)
+                except OSError as error:
+                    key = "" if lock.what == path else "trainer.checkpoint_folder: "
+                    raise UserError(f"{key}{lock.what}: cannot be written ({error.strerror or error})") from None
         resume = run._resumes(resume)
         run = cls.create(path, config, identity, resume)
         run._locks = locks

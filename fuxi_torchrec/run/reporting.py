@@ -36,12 +36,13 @@ class Progression:
         if is_main and self.console.is_terminal:
             columns = (BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
             self.bar = Progress(TextColumn("{task.description}"), *columns, console=self.console)
-            self.task = self.bar.add_task("starting", total=1.0, completed=done)
+            self.task = self.bar.add_task("starting", total=1.0)
+            self.bar.update(self.task, completed=done)
             self.bar.start()
 
     def training(self, line: Dict[str, Any]) -> None:
         """Reports a training line: step, epoch, loss, tokens_per_second, mfu where it is known, learning_rate."""
-        if not self.is_main:
+        if self.curves is None:  # not rank 0
             return
         self.run.append(line)
         shown = ("loss", "tokens_per_second", "mfu", "learning_rate")
@@ -61,7 +62,7 @@ class Progression:
 
     def evaluation(self, line: Dict[str, Any]) -> None:
         """Reports an evaluation line: split, step, epoch and every metric by name."""
-        if not self.is_main:
+        if self.curves is None:  # not rank 0
             return
         self.run.append(line)
         metrics = {f"{line['split']}/{name}": value for name, value in line.items() if isinstance(value, float)}
@@ -89,8 +90,8 @@ class Progression:
 
 
 def print_results(rows: Dict[str, Dict[str, Any]], title: str) -> None:
-    """A titled table on standard output: a row a model, a column a metric; below it, how far
-    from the floor the models are, where the data has one."""
+    """Prints a titled table on standard output: a row a model, a column a metric; below it, how far from the floor the
+    models are, where the data have one."""
     first = next(iter(rows.values()))
     names: List[str] = [name for name in TABLE_METRICS if name in first]
     table = Table()

@@ -15,7 +15,7 @@ DIGEST_BYTES = hashlib.sha256().digest_size
 _log = logging.getLogger(__name__)
 
 
-def load(name: str, build: Callable[[Path], None]) -> ctypes.CDLL:
+def load(name: str, build: Callable[[Path], object]) -> ctypes.CDLL:
     """Loads the library `name` from the cache folder, where it is built first if it is not there, or not whole.
 
     Without a folder that only this user can write, the library is built for this process alone and leaves no file.
@@ -33,7 +33,7 @@ def load(name: str, build: Callable[[Path], None]) -> ctypes.CDLL:
     return _build(name, build, folder) if kept is None else kept
 
 
-def _build(name: str, build: Callable[[Path], None], folder: Optional[Path]) -> ctypes.CDLL:
+def _build(name: str, build: Callable[[Path], object], folder: Optional[Path]) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory(prefix="fuxi_torchrec-", dir=folder) as scratch:
         built = Path(scratch) / name
         build(built)

@@ -104,9 +104,11 @@ def _note_fork() -> None:
 os.register_at_fork(after_in_child=_note_fork)
 
 
-def _address(name: str, x: Optional[Tensor], kind: str) -> Optional[int]:
+def _address(name: str, x: Union[Tensor, int, float, None], kind: str) -> Optional[int]:
     if x is None:
         return None
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} takes a tensor of {_TENSORS[kind]}, not {x!r}")
     if x.dtype != _TENSORS[kind] or x.device.type != "cpu":
         raise TypeError(f"{name} takes {_TENSORS[kind]} on the CPU, not {x.dtype} on {x.device.type}")
     return x.data_ptr()
@@ -156,8 +158,10 @@ def _open(compiler: str) -> ctypes.CDLL:
 
 def _run(*command: str) -> str:
     # Compilers quote in UTF-8 whatever the locale is.
-    settings = dict(capture_output=True, encoding="utf-8", errors="replace", check=True, timeout=COMPILE_SECONDS)
-    return subprocess.run(command, **settings).stdout
+    done = subprocess.run(
+        command, capture_output=True, encoding="utf-8", errors="replace", check=True, timeout=COMPILE_SECONDS
+    )
+    return done.stdout
 
 
 def _processor() -> str:

@@ -9,7 +9,7 @@ Shapes: T tokens, W width.
 """
 
 import math
-from typing import Optional, Sequence, Tuple
+from typing import Any, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ def wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def _row_chunks(x_TW: Tensor):
+def _row_chunks(x_TW: Tensor) -> List[slice]:
     T, W = x_TW.shape
     rows = max(1, CHUNK_ELEMENTS // max(1, W)) if x_TW.device.type == "cpu" else max(1, T)
     return [slice(start, min(start + rows, T)) for start in range(0, T, rows)]
@@ -50,7 +50,7 @@ class DropoutMask:
         if like.device.type == "cpu":
             count, dropped = like.numel(), round(p * _LEVELS)
             # torch's own generator draws 64 bits in 5 ns; here it only seeds one that takes a fifth of that.
-            seed = torch.randint(2**63 - 1, (1,)).item()
+            seed = int(torch.randint(2**63 - 1, (1,)).item())
             generator = np.random.Generator(np.random.SFC64(seed))
             words = generator.integers(-(2**63), 2**63 - 1, (count + 3) // 4, endpoint=True)
             self.bits = torch.from_numpy(words.view(np.int16))[:count].view(like.shape)  # torch views nothing empty so
@@ -73,13 +73,13 @@ def _mask(like: Tensor, p: float) -> Tuple[Optional[DropoutMask], float]:
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, p):
+    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
         ctx.mask = DropoutMask(x, p)
         return _masked(x, ctx.mask)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Tuple[Tensor, None]:
         return _masked(grad, ctx.mask), None
 
 
@@ -105,7 +105,7 @@ class _RMSNorm(torch.autograd.Function):
     """out = x * rsqrt(mean(x²) + eps) (* mask * factor)."""
 
     @staticmethod
-    def forward(ctx, x_TW, p, eps):
+    def forward(ctx: Any, x_TW: Tensor, p: float, eps: float) -> Tensor:
         ctx.mask, ctx.factor = _mask(x_TW, p)
         inverse_T1 = _inverse_rms(x_TW, eps)
         out_TW = torch.empty_like(x_TW)
@@ -118,7 +118,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_TW):
+    def backward(ctx: Any, grad_TW: Tensor) -> Tuple[Tensor, None, None]:
         x_TW, inverse_T1 = ctx.saved_tensors
         out_TW = torch.empty_like(x_TW)
         for rows in _row_chunks(x_TW):
@@ -153,7 +153,7 @@ class _GatedRMSNorm(torch.autograd.Function):
     """out = gate * x * rsqrt(mean(x²) + eps) (* mask * factor)."""
 
     @staticmethod
-    def forward(ctx, gate_TW, x_TW, p, eps):
+    def forward(ctx: Any, gate_TW: Tensor, x_TW: Tensor, p: float, eps: float) -> Tensor:
         ctx.mask, ctx.factor = _mask(x_TW, p)
         inverse_T1 = _inverse_rms(x_TW, eps)
         out_TW = torch.empty_like(x_TW)
@@ -166,7 +166,7 @@ class _GatedRMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_TW):
+    def backward(ctx: Any, grad_TW: Tensor) -> Tuple[Tensor, Tensor, None, None]:
         gate_TW, x_TW, inverse_T1 = ctx.saved_tensors
         grad_gate_TW, grad_x_TW = torch.empty_like(x_TW), torch.empty_like(x_TW)
         for rows in _row_chunks(x_TW):
@@ -197,7 +197,7 @@ def gated_rms_norm(
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TW):
+    def forward(ctx: Any, x_TW: Tensor) -> Tensor:
         ctx.save_for_backward(x_TW)
         gate_TF, up_TF = x_TW.chunk(2, dim=1)
         out_TF = torch.empty_like(up_TF, memory_format=torch.contiguous_format)
@@ -207,7 +207,7 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_TF):
+    def backward(ctx: Any, grad_TF: Tensor) -> Tensor:
         (x_TW,) = ctx.saved_tensors
         grad_TW = torch.empty_like(x_TW)
         hidden = grad_TF.shape[1]
@@ -237,13 +237,13 @@ def swiglu(x_TW: Tensor) -> Tensor:
 
 class _SiLUSplit(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TW, sizes):
+    def forward(ctx: Any, x_TW: Tensor, sizes: Sequence[int]) -> Tuple[Tensor, ...]:
         ctx.save_for_backward(x_TW)
         return F.silu(x_TW).split(sizes, dim=1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Tensor) -> Tuple[Tensor, None]:
         (x_TW,) = ctx.saved_tensors
         grad_TW = torch.empty_like(x_TW)
         for rows in _row_chunks(x_TW):
@@ -290,7 +290,7 @@ class _L2Normalize(torch.autograd.Function):
     """One node with a closed-form backward: a third of the passes over memory that autograd's own spelling makes."""
 
     @staticmethod
-    def forward(ctx, x, eps):
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         scale = norm.clamp(min=eps)
         unit = x / scale
@@ -299,7 +299,7 @@ class _L2Normalize(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Tuple[Tensor, None]:
         unit, norm, scale = ctx.saved_tensors
         # Below eps the divisor is a constant, and the row's own length passes the gradient on.
         along = (grad * unit).sum(-1, keepdim=True).mul_(norm >= scale)

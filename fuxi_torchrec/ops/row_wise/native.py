@@ -4,7 +4,7 @@ Each makes one pass over memory forward and one backward. A dropout mask is a fu
 generator, and of the element's place, so it is made again in backward instead of kept. Shapes: T tokens, W width.
 """
 
-from typing import NamedTuple, Optional, Sequence
+from typing import Any, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -32,13 +32,13 @@ def draw_mask(p: float) -> Mask:
 
 class Dropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TW: Tensor, p: float) -> Tensor:
+    def forward(ctx: Any, x_TW: Tensor, p: float) -> Tensor:
         ctx.mask = draw_mask(p)
         return _dropped(x_TW, ctx.mask)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_TW):
+    def backward(ctx: Any, grad_TW: Tensor) -> Tuple[Tensor, None]:
         return _dropped(grad_TW, ctx.mask), None
 
 
@@ -53,7 +53,7 @@ class InputStep(torch.autograd.Function):
     """dropout(scale * x + table[position])."""
 
     @staticmethod
-    def forward(ctx, x_TW: Tensor, table_NW: Tensor, position_T: Tensor, scale: float, p: float) -> Tensor:
+    def forward(ctx: Any, x_TW: Tensor, table_NW: Tensor, position_T: Tensor, scale: float, p: float) -> Tensor:
         ctx.mask, ctx.scale, ctx.rows = draw_mask(p), scale, len(table_NW)
         ctx.save_for_backward(position_T)
         _check_positions(x_TW, table_NW, position_T)
@@ -65,7 +65,7 @@ class InputStep(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_TW):
+    def backward(ctx: Any, grad_TW: Tensor) -> Tuple[Tensor, Tensor, None, None, None]:
         (position_T,) = ctx.saved_tensors
         grad_TW = _dropped(grad_TW, ctx.mask) if ctx.mask.threshold else grad_TW
         grad_table_NW = torch.ops.aten.embedding_dense_backward(grad_TW, position_T, ctx.rows, -1, False)
@@ -76,9 +76,9 @@ class RMSNorm(torch.autograd.Function):
     """dropout(gate * x * rsqrt(mean(x²) + eps)); gate None is all ones."""
 
     @staticmethod
-    def forward(ctx, gate_TW: Optional[Tensor], x_TW: Tensor, p: float, eps: float) -> Tensor:
+    def forward(ctx: Any, gate_TW: Optional[Tensor], x_TW: Tensor, p: float, eps: float) -> Tensor:
         ctx.mask = draw_mask(p)
-        x_TW, gate_TW = x_TW.contiguous(), _contiguous_rows(gate_TW)
+        x_TW, gate_TW = x_TW.contiguous(), None if gate_TW is None else _contiguous_rows(gate_TW)
         out_TW, inverse_T = torch.empty_like(x_TW), x_TW.new_empty(len(x_TW))
         native.call(
             "rms_norm_rows", gate_TW, _distance(gate_TW), x_TW, out_TW, inverse_T, *x_TW.shape, eps, *ctx.mask
@@ -88,7 +88,7 @@ class RMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_TW):
+    def backward(ctx: Any, grad_TW: Tensor) -> Tuple[Optional[Tensor], Tensor, None, None]:
         gate_TW, x_TW, inverse_T = ctx.saved_tensors
         grad_x_TW = torch.empty_like(x_TW)
         grad_gate_TW = None if gate_TW is None else torch.empty_like(x_TW)
@@ -101,7 +101,7 @@ class SiLUSplit(torch.autograd.Function):
     """SiLU(x) cut along the last axis; the parts are views of one tensor."""
 
     @staticmethod
-    def forward(ctx, x_TW: Tensor, sizes: Sequence[int]):
+    def forward(ctx: Any, x_TW: Tensor, sizes: Sequence[int]) -> Tuple[Tensor, ...]:
         x_TW = x_TW.contiguous()
         ctx.save_for_backward(x_TW)
         out_TW = torch.empty_like(x_TW)
@@ -110,7 +110,7 @@ class SiLUSplit(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Tensor) -> Tuple[Tensor, None]:
         (x_TW,) = ctx.saved_tensors
         grad_x_TW, first = torch.empty_like(x_TW), 0
         for grad_TV in grads:
@@ -123,7 +123,7 @@ class SiLUSplit(torch.autograd.Function):
 
 class SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TW: Tensor) -> Tensor:
+    def forward(ctx: Any, x_TW: Tensor) -> Tensor:
         x_TW = x_TW.contiguous()
         ctx.save_for_backward(x_TW)
         out_TF = x_TW.new_empty(len(x_TW), x_TW.shape[1] // 2)
@@ -132,7 +132,7 @@ class SwiGLU(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_TF):
+    def backward(ctx: Any, grad_TF: Tensor) -> Tensor:
         (x_TW,) = ctx.saved_tensors
         grad_x_TW = torch.empty_like(x_TW)
         native.call("swiglu_rows_backward", grad_TF.contiguous(), x_TW, grad_x_TW, *grad_TF.shape)
@@ -141,7 +141,7 @@ class SwiGLU(torch.autograd.Function):
 
 class L2Normalize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TW: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x_TW: Tensor, eps: float) -> Tensor:
         x_TW = x_TW.contiguous()
         unit_TW, norm_T = torch.empty_like(x_TW), x_TW.new_empty(len(x_TW))
         native.call("unit_rows", x_TW, unit_TW, norm_T, *x_TW.shape, eps)
@@ -151,7 +151,7 @@ class L2Normalize(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_TW):
+    def backward(ctx: Any, grad_TW: Tensor) -> Tuple[Tensor, None]:
         unit_TW, norm_T = ctx.saved_tensors
         grad_x_TW = torch.empty_like(unit_TW)
         native.call("unit_rows_backward", grad_TW.contiguous(), unit_TW, norm_T, grad_x_TW, *unit_TW.shape, ctx.eps)
@@ -168,9 +168,9 @@ def _check_positions(x_TW: Tensor, table_NW: Tensor, position_T: Tensor) -> None
             raise IndexError(f"positions {int(smallest)} … {int(largest)} of a table of {len(table_NW)}")
 
 
-def _contiguous_rows(x_TW: Optional[Tensor]) -> Optional[Tensor]:
+def _contiguous_rows(x_TW: Tensor) -> Tensor:
     """A view of some columns stays a view."""
-    return x_TW if x_TW is None or x_TW.stride(1) == 1 else x_TW.contiguous()
+    return x_TW if x_TW.stride(1) == 1 else x_TW.contiguous()
 
 
 def _distance(x_TW: Optional[Tensor]) -> int:

@@ -2,12 +2,12 @@
 
 Shapes as in dispatch.py."""
 
-from typing import Optional, Tuple
+from typing import Any, Optional, Tuple
 
 import torch
 from torch import Tensor
 
-from fuxi_torchrec.ops.sampled_softmax.common import MASKED_LOGIT
+from fuxi_torchrec.ops.sampled_softmax.common import MASKED_LOGIT, CandidateMask
 
 # Tokens a chunk. 2,048 rows of outputs stay in a core's cache while the table's gradient gathers them in id order:
 # 29 ms against 123 ms for one chunk of 14,627 tokens x 128 of 3,706 candidates, D = 50, two cores.
@@ -25,12 +25,12 @@ def _chunk_loss(positive_C: Tensor, negative_CX: Tensor) -> Tuple[Tensor, Tensor
     return loss, numerator_C / total_C, numerator_CX, total_C.reciprocal()[:, None]
 
 
-def _save_scaled(ctx, gradients: Optional[Tuple[Tensor, ...]], count: int) -> None:
+def _save_scaled(ctx: Any, gradients: Optional[Tuple[Tensor, ...]], count: int) -> None:
     ctx.count = count
     ctx.save_for_backward(*(gradients or ()))
 
 
-def _scaled_gradients(ctx, grad_loss: Tensor) -> Tuple[Optional[Tensor], ...]:
+def _scaled_gradients(ctx: Any, grad_loss: Tensor) -> Tuple[Optional[Tensor], ...]:
     """The loss is a scalar, so the gradients made in forward only have to be scaled."""
     return tuple(grad_loss * saved for saved in ctx.saved_tensors) + (None,) * (ctx.count - 3)
 
@@ -38,8 +38,17 @@ def _scaled_gradients(ctx, grad_loss: Tensor) -> Tuple[Optional[Tensor], ...]:
 class _PerToken(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, outputs_TD, positives_TD, candidates_UD, index_TK, positive_index_T, tau, bias_U, largest_chunk, needs_grad
-    ):
+        ctx: Any,
+        outputs_TD: Tensor,
+        positives_TD: Tensor,
+        candidates_UD: Tensor,
+        index_TK: Tensor,
+        positive_index_T: Tensor,
+        tau: float,
+        bias_U: Optional[Tensor],
+        largest_chunk: int,
+        needs_grad: bool,
+    ) -> Tensor:
         tokens, negatives = index_TK.shape
         unique = candidates_UD.shape[0]
         # Every chunk sweeps the whole candidates' gradient once, so many candidates want larger chunks.
@@ -58,7 +67,7 @@ class _PerToken(torch.autograd.Function):
             scores_CK.masked_fill_(index_CK == positive_index_T[rows, None], MASKED_LOGIT)
             chunk_loss, weight_C, numerator_CK, factor_C1 = _chunk_loss(positive_T[rows], scores_CK)
             loss += chunk_loss
-            if needs_grad:
+            if grads is not None:
                 pull_C1 = (weight_C - 1)[:, None]
                 mean_CD = _weighted_rows(candidates_UD, index_CK, numerator_CK).mul_(factor_C1)
                 torch.addcmul(mean_CD, pull_C1, positives_TD[rows], out=grads[0][rows]).div_(tau)
@@ -68,13 +77,25 @@ class _PerToken(torch.autograd.Function):
         return loss.float()
 
     @staticmethod
-    def backward(ctx, grad_loss):
+    def backward(ctx: Any, grad_loss: Tensor) -> Tuple[Optional[Tensor], ...]:
         return _scaled_gradients(ctx, grad_loss)
 
 
 class _Shared(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, outputs_TD, positives_TD, pool_PD, pool_ids_P, positive_ids_T, tau, bias_P, mask, chunk, needs_grad):
+    def forward(
+        ctx: Any,
+        outputs_TD: Tensor,
+        positives_TD: Tensor,
+        pool_PD: Tensor,
+        pool_ids_P: Tensor,
+        positive_ids_T: Tensor,
+        tau: float,
+        bias_P: Optional[Tensor],
+        mask: Optional[CandidateMask],
+        chunk: int,
+        needs_grad: bool,
+    ) -> Tensor:
         grads = tuple(torch.zeros_like(x) for x in (outputs_TD, positives_TD, pool_PD)) if needs_grad else None
         loss = outputs_TD.new_zeros((), dtype=torch.float64)
         scaled_TD = outputs_TD / tau
@@ -90,7 +111,7 @@ class _Shared(torch.autograd.Function):
                 scores_CP.masked_fill_(mask(rows), MASKED_LOGIT)
             chunk_loss, weight_C, numerator_CP, factor_C1 = _chunk_loss(positive_T[rows], scores_CP)
             loss += chunk_loss
-            if needs_grad:
+            if grads is not None:
                 pull_C1 = (weight_C - 1)[:, None]
                 mean_CD = (numerator_CP @ pool_PD).mul_(factor_C1)
                 torch.addcmul(mean_CD, pull_C1, positives_TD[rows], out=grads[0][rows]).div_(tau)
@@ -100,7 +121,7 @@ class _Shared(torch.autograd.Function):
         return loss.float()
 
     @staticmethod
-    def backward(ctx, grad_loss):
+    def backward(ctx: Any, grad_loss: Tensor) -> Tuple[Optional[Tensor], ...]:
         return _scaled_gradients(ctx, grad_loss)
 
 

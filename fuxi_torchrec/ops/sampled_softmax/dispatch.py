@@ -8,6 +8,7 @@ are made in float32, turned into the three gradients, and dropped. What is kept 
 """
 
 import warnings
+from types import ModuleType
 from typing import Literal, Optional, get_args
 
 import torch
@@ -119,7 +120,14 @@ def shared_sampled_softmax(
     return _Shared.apply(*inputs, pool_ids_P, positive_ids_T, temperature, bias_P, mask, chunk, needs_grad)
 
 
-def _check_shapes(outputs_TD, positives_TD, candidates_UD, index_TK, positive_index_T, bias_U: Optional[Tensor]) -> None:
+def _check_shapes(
+    outputs_TD: Tensor,
+    positives_TD: Tensor,
+    candidates_UD: Tensor,
+    index_TK: Tensor,
+    positive_index_T: Tensor,
+    bias_U: Optional[Tensor],
+) -> None:
     T, D = outputs_TD.shape
     fits = positives_TD.shape == (T, D) and candidates_UD.shape[1:] == (D,)
     fits = fits and index_TK.ndim == 2 and len(index_TK) == T and positive_index_T.shape == (T,)
@@ -140,7 +148,7 @@ def _check_rows(what: str, index: Tensor, least: int, rows: int) -> None:
         raise IndexError(f"{what} {smallest} … {largest} of {rows} candidates")
 
 
-def _triton_kernels(loss: str, implementation: Implementation, outputs_TD: Tensor):
+def _triton_kernels(loss: str, implementation: Implementation, outputs_TD: Tensor) -> Optional[ModuleType]:
     """The module with the CUDA kernels, where it is asked for or the choice for these tensors; else None."""
     assert implementation in get_args(Implementation), implementation
     if implementation in ("chunked", "native") or (implementation == "auto" and not outputs_TD.is_cuda):

@@ -1,7 +1,7 @@
 """The per-token sampled softmax by the C kernels of `ops.native` (softmax.c); `ops.sampled_softmax` says what it computes
 and picks it. Shapes as there; W columns, D rounded up to the kernels' 16 by zero columns, which change no product."""
 
-from typing import Optional
+from typing import Any, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,18 @@ class PerToken(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, outputs_TD, positives_TD, candidates_UD, index_TK, positive_index_T, tau, bias_U, masked, chunk, needs_grad
-    ):
+        ctx: Any,
+        outputs_TD: Tensor,
+        positives_TD: Tensor,
+        candidates_UD: Tensor,
+        index_TK: Tensor,
+        positive_index_T: Tensor,
+        tau: float,
+        bias_U: Optional[Tensor],
+        masked: float,
+        chunk: int,
+        needs_grad: bool,
+    ) -> Tensor:
         inputs = [_whole_vectors(x) for x in (outputs_TD, positives_TD, candidates_UD)]
         grads = [torch.empty_like(inputs[0]), torch.empty_like(inputs[1]), torch.zeros_like(inputs[2])]
         loss_T = inputs[0].new_empty(len(index_TK))
@@ -36,7 +46,7 @@ class PerToken(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss):
+    def backward(ctx: Any, grad_loss: Tensor) -> Tuple[Optional[Tensor], ...]:
         return tuple(grad_loss * saved for saved in ctx.saved_tensors) + (None,) * 7
 
 

@@ -11,7 +11,7 @@ Shape suffixes: T tokens, D embedding, P pool, K negatives a token, U unique can
 """
 
 from functools import cache
-from typing import List, Optional, Tuple
+from typing import Any, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch import Tensor
 from fuxi_torchrec.ops.sampled_softmax.common import CHUNK_LOGITS, CandidateMask
 from fuxi_torchrec.ops.triton_common import (
     IS_INSTALLED,
+    Launcher,
     Tiles,
     check_can_run,
     is_interpreting,
@@ -125,7 +126,7 @@ def tiles(kernel: str, width: int, interpreting: bool) -> List[Tiles]:
 
 
 @cache
-def _kernel(name: str, width: int):
+def _kernel(name: str, width: int) -> Launcher:
     from fuxi_torchrec.ops.sampled_softmax import triton_kernels as kernels
 
     key = ("D", "BIASED") if "per_token" in name else ("D", "MASKED") if "shared" in name else ("D",)
@@ -133,7 +134,11 @@ def _kernel(name: str, width: int):
 
 
 def _no_gradients(outputs_TD: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
-    return tuple(outputs_TD.new_empty(0) for _ in range(3))
+    return outputs_TD.new_empty(0), outputs_TD.new_empty(0), outputs_TD.new_empty(0)
+
+
+def _zeros_like(a: Tensor, b: Tensor, c: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+    return torch.zeros_like(a), torch.zeros_like(b), torch.zeros_like(c)
 
 
 @torch.library.custom_op("fuxi_torchrec::triton_shared_softmax", mutates_args=())
@@ -146,7 +151,7 @@ def _shared(
     outputs, positives, pool = (x.contiguous() for x in (outputs_TD, positives_TD, pool_PD))
     (T, D), P = outputs.shape, pool.shape[0]
     loss_T, lse_T = outputs.new_empty(T), outputs.new_empty(T)
-    grads = tuple(torch.zeros_like(x) for x in (outputs, positives, pool)) if with_gradients else _no_gradients(outputs)
+    grads = _zeros_like(outputs, positives, pool) if with_gradients else _no_gradients(outputs)
     if T == 0:
         return outputs.new_zeros(()), *grads
     width, scale = power_of_two(D), 1 / temperature
@@ -179,9 +184,7 @@ def _per_token(
     outputs, positives, candidates = (x.contiguous() for x in (outputs_TD, positives_TD, candidates_UD))
     (T, D), K = outputs.shape, index_TK.shape[1]
     loss_T, lse_T = outputs.new_empty(T), outputs.new_empty(T)
-    grads = _no_gradients(outputs)
-    if with_gradients:
-        grads = tuple(torch.zeros_like(x) for x in (outputs, positives, candidates))
+    grads = _zeros_like(outputs, positives, candidates) if with_gradients else _no_gradients(outputs)
     if T == 0:
         return outputs.new_zeros(()), *grads
     index, own = index_TK.contiguous(), positive_index_T.contiguous()
@@ -196,7 +199,17 @@ def _per_token(
     return loss_T.sum(dtype=torch.float64).float(), *grads
 
 
-def _candidates_gradient(grad_UD, outputs_TD, candidates_UD, index_TK, own_T, bias_U, lse_T, scale, width) -> None:
+def _candidates_gradient(
+    grad_UD: Tensor,
+    outputs_TD: Tensor,
+    candidates_UD: Tensor,
+    index_TK: Tensor,
+    own_T: Tensor,
+    bias_U: Optional[Tensor],
+    lse_T: Tensor,
+    scale: float,
+    width: int,
+) -> None:
     """Sorts the entries by candidate and adds up every candidate's, in pieces; no number leaves the device."""
     (U, D), N = candidates_UD.shape, index_TK.numel()
     sorted_N, order_N = torch.sort(index_TK.reshape(-1), stable=True)
@@ -218,31 +231,37 @@ def _candidates_gradient(grad_UD, outputs_TD, candidates_UD, index_TK, own_T, bi
 
 
 @_shared.register_fake
-def _(outputs_TD, positives_TD, pool_PD, pool_ids_P, positive_ids_T, temperature, bias_P, mask_TP, with_gradients):
-    return _fake(outputs_TD, positives_TD, pool_PD, with_gradients)
+def _fake_shared(
+    outputs_TD: Tensor, positives_TD: Tensor, pool_PD: Tensor, pool_ids_P: Tensor, positive_ids_T: Tensor,
+    temperature: float, bias_P: Optional[Tensor], mask_TP: Optional[Tensor], with_gradients: bool,
+) -> Tuple[Tensor, ...]:  # fmt: skip
+    return _fake((outputs_TD, positives_TD, pool_PD), with_gradients)
 
 
 @_per_token.register_fake
-def _(outputs_TD, positives_TD, candidates_UD, index_TK, positive_index_T, temperature, bias_U, with_gradients):
-    return _fake(outputs_TD, positives_TD, candidates_UD, with_gradients)
+def _fake_per_token(
+    outputs_TD: Tensor, positives_TD: Tensor, candidates_UD: Tensor, index_TK: Tensor, positive_index_T: Tensor,
+    temperature: float, bias_U: Optional[Tensor], with_gradients: bool,
+) -> Tuple[Tensor, ...]:  # fmt: skip
+    return _fake((outputs_TD, positives_TD, candidates_UD), with_gradients)
 
 
-def _fake(*inputs_and_flag):
-    *inputs, with_gradients = inputs_and_flag
+def _fake(inputs: Sequence[Tensor], with_gradients: bool) -> Tuple[Tensor, ...]:
     grads = (x.new_empty(x.shape) for x in inputs) if with_gradients else _no_gradients(inputs[0])
     return inputs[0].new_empty(()), *grads
 
 
-def _keep_gradients(ctx, inputs, output) -> None:
+def _keep_gradients(ctx: Any, inputs: Sequence[object], output: Sequence[Tensor]) -> None:
     ctx.set_materialize_grads(False)
     ctx.count = len(inputs)
     ctx.save_for_backward(*output[1:])
 
 
-def _scaled_gradients(ctx, grad_loss, *_):
+def _scaled_gradients(ctx: Any, grad_loss: Optional[Tensor], *_: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
     """The loss is a scalar, so the gradients made with it only have to be scaled."""
-    scaled = (None,) * 3 if grad_loss is None else tuple(grad_loss * saved for saved in ctx.saved_tensors)
-    return *scaled, *(None,) * (ctx.count - 3)
+    if grad_loss is None:
+        return (None,) * ctx.count
+    return *(grad_loss * saved for saved in ctx.saved_tensors), *(None,) * (ctx.count - 3)
 
 
 _shared.register_autograd(_scaled_gradients, setup_context=_keep_gradients)
