@@ -8,7 +8,7 @@ import traceback
 from contextlib import contextmanager
 from multiprocessing.connection import wait
 
-TIMEOUT = 60
+TIMEOUT = 180  # seconds without a result that are taken for a hang; a loaded machine is slow
 
 
 @contextmanager
@@ -23,8 +23,17 @@ def worker_processes(count):
         process.start()
         pipes.append(here)
         processes.append(process)
+    whole = [True]  # until a job fails: its other ranks may still be at work, and their results to come
+
+    def run(job, world_size, *arguments):
+        assert whole[0], "not run: an earlier job failed, and left these processes out of step"
+        whole[0] = False
+        results = _run(pipes, job, world_size, arguments)
+        whole[0] = True
+        return results
+
     try:
-        yield lambda job, world_size, *arguments: _run(pipes, job, world_size, arguments)
+        yield run
     finally:
         for process in processes:
             process.kill()
