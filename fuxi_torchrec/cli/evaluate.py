@@ -4,12 +4,13 @@ import json
 import sys
 from typing import Any, Dict, List
 
-from fuxi_torchrec.cli.output import _print_splits, _write
+from fuxi_torchrec.cli.output import print_splits, write_output
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.files import write_aside
 
 
-def _evaluate(arguments: List[str]) -> int:
+def evaluate_command(arguments: List[str]) -> int:
+    """Runs `fuxi-torchrec evaluate`; returns its exit code."""
     from fuxi_torchrec.cli.options import add_model_options, saved_model
     from fuxi_torchrec.config.parsing import OneLineParser
 
@@ -34,7 +35,7 @@ def _evaluate(arguments: List[str]) -> int:
         popular = popularity(saved.dataset, saved.config, options.split, saved.world)
         if saved.world.is_main:
             results = {options.split: metrics, f"popularity {options.split}": popular}
-            _print_splits(results, saved.dataset, saved.config, options.run)
+            print_splits(results, saved.dataset, saved.config, options.run)
     return 0
 
 
@@ -45,4 +46,4 @@ def _keep(saved: Any, line: Dict[str, Any], options: Any) -> None:
     except OSError as error:  # somebody else's run may be evaluated
         print(f"not added to {options.run}'s metrics.jsonl: {error.strerror}", file=sys.stderr)
     if options.output:
-        _write(options.output, lambda: write_aside(options.output, json.dumps(line, indent=2) + "\n"))
+        write_output(options.output, lambda: write_aside(options.output, json.dumps(line, indent=2) + "\n"))

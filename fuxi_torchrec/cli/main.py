@@ -7,10 +7,10 @@ import time
 from typing import Callable, Dict, List, Optional
 
 from fuxi_torchrec import __version__
-from fuxi_torchrec.cli.evaluate import _evaluate
-from fuxi_torchrec.cli.recommend import _recommend
+from fuxi_torchrec.cli.evaluate import evaluate_command
+from fuxi_torchrec.cli.recommend import recommend_command
 from fuxi_torchrec.cli.streams import run_on_streams
-from fuxi_torchrec.cli.train import _train
+from fuxi_torchrec.cli.train import train_command
 from fuxi_torchrec.errors import LostProcess, UserError
 
 COMMANDS = {
@@ -48,11 +48,11 @@ def _run(arguments: List[str]) -> int:
     command, rest = arguments[0], arguments[1:]
     handlers: Dict[str, Callable[[List[str]], int]] = {
         "prepare": _prepare,
-        "train": _train,
+        "train": train_command,
         "plan": _plan,
         "bench": _bench,
-        "evaluate": _evaluate,
-        "recommend": _recommend,
+        "evaluate": evaluate_command,
+        "recommend": recommend_command,
         "import-reference": _import_research,
         "export-reference": _export_research,
     }

@@ -1,18 +1,26 @@
 """What the commands print and write."""
 
-from typing import Any, Callable, Dict
+from typing import TYPE_CHECKING, Callable, Dict
 
 from fuxi_torchrec.errors import UserError
 
+if TYPE_CHECKING:
+    from fuxi_torchrec.config import Config
+    from fuxi_torchrec.data.dataset import SequenceDataset
 
-def _write(path: str, write: Callable[[], None]) -> None:
+
+def write_output(path: str, write: Callable[[], None]) -> None:
+    """Calls `write`, which writes to `path`. Raises UserError, naming it, where that fails."""
     try:
         write()
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 
-def _print_splits(results: Dict[str, Any], dataset: Any, config: Any, run: str) -> None:
+def print_splits(
+    results: Dict[str, Dict[str, float]], dataset: "SequenceDataset", config: "Config", run: str
+) -> None:
+    """Prints a table for each split, the model above popularity; results: by split, and by "popularity " + split."""
     from fuxi_torchrec.run.reporting import print_results
 
     for split in [name for name in results if " " not in name]:

@@ -3,11 +3,12 @@
 from typing import List
 
 from fuxi_torchrec.cli.id_list import split_ids
-from fuxi_torchrec.cli.output import _write
+from fuxi_torchrec.cli.output import write_output
 from fuxi_torchrec.errors import UserError
 
 
-def _recommend(arguments: List[str]) -> int:
+def recommend_command(arguments: List[str]) -> int:
+    """Runs `fuxi-torchrec recommend`; returns its exit code."""
     from fuxi_torchrec.cli.options import add_model_options, saved_model
     from fuxi_torchrec.config.parsing import OneLineParser
 
@@ -52,7 +53,7 @@ def _recommend(arguments: List[str]) -> int:
             with file_aside(options.output) as aside:
                 pq.write_table(table, aside)
 
-        _write(options.output, write)
+        write_output(options.output, write)
         print(f"{table.num_rows} recommendations written to {options.output}")
     else:
         from fuxi_torchrec.run.reporting import print_recommendations

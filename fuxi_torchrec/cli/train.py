@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, List, Tuple
 
 from fuxi_torchrec.cli.options import add_verify_option
-from fuxi_torchrec.cli.output import _print_splits
+from fuxi_torchrec.cli.output import print_splits
 from fuxi_torchrec.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,7 +21,8 @@ LESS_MEMORY = (
 )
 
 
-def _train(arguments: List[str]) -> int:
+def train_command(arguments: List[str]) -> int:
+    """Runs `fuxi-torchrec train`; returns its exit code."""
     from fuxi_torchrec.config.parsing import OneLineParser, add_config_arguments, parse_config, to_yaml
 
     parser = OneLineParser(
@@ -111,7 +112,7 @@ def _train_together(config: "Config", output: str, resume: bool, profile: bool, 
             return stopped.code
         if world.is_main:
             outcome.end("finished", **training.counted())
-            _print_splits(results, dataset, config, output)
+            print_splits(results, dataset, config, output)
     return 0
 
 
