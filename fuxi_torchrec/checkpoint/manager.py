@@ -9,7 +9,6 @@ The newest `trainer.keep_checkpoints` and the best are kept.
 
 import json
 import threading
-import warnings
 from datetime import timedelta
 from typing import Any, Dict, List, Optional
 
@@ -29,9 +28,6 @@ from fuxi_torchrec.distributed.world import World
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.paths import join, make_folder, names_in, path_manager
 from fuxi_torchrec.run.folder import CONFIG_FILE, RunFolder
-
-# DCP warns of the ShardedTensors that TorchRec gives it, at every save; nothing a user could do about it.
-warnings.filterwarnings("ignore", message="Please use DTensor instead", category=FutureWarning)
 
 FORMAT = 3
 READABLE = (2, FORMAT)  # format 2 had one checksum a file

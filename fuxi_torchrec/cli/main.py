@@ -8,6 +8,7 @@ from typing import Callable, Dict, List, Optional
 
 from fuxi_torchrec import __version__
 from fuxi_torchrec.cli.evaluate import evaluate_command
+from fuxi_torchrec.cli.quiet import quiet
 from fuxi_torchrec.cli.recommend import recommend_command
 from fuxi_torchrec.cli.streams import run_on_streams
 from fuxi_torchrec.cli.train import train_command
@@ -36,9 +37,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
 
 
 def _run(arguments: List[str]) -> int:
-    # Before torch is imported: its C++ side would warn on every rank of what is as it should be (a search for unused
-    # parameters that found none). Set it to WARNING to see all.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    quiet()
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview())
         return 0 if arguments else 2

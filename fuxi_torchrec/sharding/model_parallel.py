@@ -6,7 +6,6 @@ keeps the copies equal and AdamW trains it densely, which is the papers' set-up 
 on a CPU).
 """
 
-import logging
 import warnings
 from typing import List, Tuple
 
@@ -25,15 +24,6 @@ from fuxi_torchrec.model.recommender import TABLE, SequenceRecommender, build_mo
 from fuxi_torchrec.model.table_init import init_rows
 from fuxi_torchrec.sharding import planner
 from fuxi_torchrec.sharding.table_choice import TableChoice
-
-# torchrec asks is_fx_tracing() at every forward, and torch warns about the name once.
-logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
-
-
-
-
-
-
 
 
 def build_distributed(

@@ -4,7 +4,6 @@ The planner's own defaults (32 GB, batch 512, one id a sample) mislead; it is gi
 ids an average user brings. Nothing here needs a process group, so a cluster that one doesn't have can be planned too.
 """
 
-import logging
 import os
 from dataclasses import dataclass
 from typing import Dict, List, Optional, Tuple, Union
@@ -33,10 +32,6 @@ BYTES_PER_MS = 10**6  # of 10^9 bytes a second
 RESERVED_PART = 0.15
 SHARDINGS = ("row_wise", "table_wise", "column_wise")
 OPTIMIZERS = {"rowwise_adagrad": RowWiseAdagrad, "adagrad": torch.optim.Adagrad, "adam": torch.optim.Adam}
-
-# The planner warns of what it does by design (no timeout, no GPU): nothing a user could act on.
-for _name in ("torchrec.distributed.planner", "torchrec.distributed.logger"):
-    logging.getLogger(_name).setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True)

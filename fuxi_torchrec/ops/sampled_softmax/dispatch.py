@@ -7,7 +7,6 @@ Both losses are sums over tokens, computed forward and backward in one pass over
 are made in float32, turned into the three gradients, and dropped. What is kept for backward is as large as the inputs.
 """
 
-import warnings
 from types import ModuleType
 from typing import Literal, Optional, get_args
 
@@ -18,8 +17,6 @@ from fuxi_torchrec.ops.native import library as native
 from fuxi_torchrec.ops.sampled_softmax.chunked import _PerToken, _Shared, _whole_vectors
 from fuxi_torchrec.ops.sampled_softmax.common import CHUNK_LOGITS, MASKED_LOGIT, CandidateMask
 from fuxi_torchrec.ops.sampled_softmax.native import PerToken
-
-warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
 Implementation = Literal["auto", "chunked", "native", "triton"]
 """How a loss is computed: chunk by chunk in torch, by the C kernels of `native.py` (per_token on a CPU), or by the CUDA
