@@ -24,6 +24,7 @@ from fuxi_torchrec.checkpoint.reader import Reader
 from fuxi_torchrec.config import Config
 from fuxi_torchrec.config.parsing import to_yaml
 from fuxi_torchrec.distributed.failures import is_lost
+from fuxi_torchrec.distributed.private_api import is_trained_in_backward
 from fuxi_torchrec.distributed.world import World
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.paths import join, make_folder, names_in, path_manager
@@ -295,7 +296,7 @@ def create_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -
     A step on zero gradients; it leaves no trace, since loading overwrites parameters and state.
     """
     for parameter in model.parameters():
-        is_fused = hasattr(parameter, "_in_backward_optimizers")  # its state has existed since the table was made
+        is_fused = is_trained_in_backward(parameter)  # its state has existed since the table was made
         if parameter.requires_grad and parameter.grad is None and not is_fused:
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()

@@ -13,8 +13,6 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
@@ -22,6 +20,7 @@ from torch.futures import Future
 
 from fuxi_torchrec.checkpoint.metadata import read_metadata
 from fuxi_torchrec.checkpoint.storage import BLOCK, CHUNK, Files
+from fuxi_torchrec.distributed.private_api import FakeTensorMode, narrow_tensor_by_index, offset_in_checkpoint
 
 METADATA = ".metadata"
 # Saved items below this are read whole and unpacked by torch.load.
@@ -181,7 +180,7 @@ class Reader(FileSystemReader):
         if stored.dim() == 0 or not stored.is_contiguous():
             return None
         row = _bytes((1, *stored.shape[1:]), stored.dtype)
-        first_value = info.offset + stored.untyped_storage()._checkpoint_offset
+        first_value = info.offset + offset_in_checkpoint(stored)
         last_value = first_value + stored.untyped_storage().nbytes()
         start = first_value + stored.storage_offset() * stored.itemsize + request.storage_offsets[0] * row
         target = planner.resolve_tensor(request).detach()

@@ -7,6 +7,8 @@ from typing import ContextManager, DefaultDict, Dict, Iterator, Optional
 
 import torch
 
+from fuxi_torchrec.distributed.private_api import is_profiling
+
 STAGES = ("loader", "lookup and exchange", "encoder forward", "loss", "backward", "optimizer")
 """In the order of a step. A stage may come in several pieces; none lies inside another."""
 
@@ -46,7 +48,7 @@ def stage(name: str) -> ContextManager:
     assert name in STAGES, name
     if _clock is not None:
         return _clock.timing(name)
-    return torch.profiler.record_function(name) if torch.autograd._profiler_enabled() else nullcontext()
+    return torch.profiler.record_function(name) if is_profiling() else nullcontext()
 
 
 @contextmanager

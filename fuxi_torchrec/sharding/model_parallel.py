@@ -11,7 +11,6 @@ from typing import List, Tuple
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
 from torchrec.distributed.types import ShardingEnv, ShardingPlan
@@ -19,6 +18,7 @@ from torchrec.distributed.types import ShardingEnv, ShardingPlan
 from fuxi_torchrec.config import Config
 from fuxi_torchrec.config.rules import check_table
 from fuxi_torchrec.data.format import DatasetIdentity
+from fuxi_torchrec.distributed.private_api import ShardedTensor
 from fuxi_torchrec.distributed.world import World
 from fuxi_torchrec.model.recommender import TABLE, SequenceRecommender, build_model
 from fuxi_torchrec.model.table_init import init_rows

@@ -10,7 +10,6 @@ from typing import Dict, List, Optional, Tuple, Union
 
 import torch
 from torch import nn
-from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
@@ -21,6 +20,7 @@ from torchrec.optim import RowWiseAdagrad
 from fuxi_torchrec.config import Config, TableConfig
 from fuxi_torchrec.data.batch import EVENTS, NEGATIVES
 from fuxi_torchrec.data.format import DatasetIdentity
+from fuxi_torchrec.distributed.private_api import apply_optimizer_in_backward, best_plan
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.model.recommender import TABLE
 from fuxi_torchrec.sharding import memory_estimate
@@ -139,7 +139,7 @@ def plan_table(
         plan = planner.plan(model, [sharder(machine.device_type)])
     except PlannerError as error:
         raise _does_not_fit(config, machine, num_items, reserved) from error
-    return plan, planner._best_plan or []
+    return plan, best_plan(planner)
 
 
 def _shardings(choice: TableChoice) -> Tuple[str, ...]:
