@@ -121,6 +121,7 @@ def signals_at_every_line(tmp_path, overwrite):
         number += 1
 
 
+@pytest.mark.thorough
 def test_a_signal_at_any_line_leaves_nothing_or_a_complete_data_set(tmp_path, capsys):
     """Fresh, and over an older data set, which stays until the new one takes its place."""
     older = {}
@@ -146,6 +147,7 @@ def test_a_signal_at_any_line_leaves_nothing_or_a_complete_data_set(tmp_path, ca
 MOMENTS = {"reading": "raw", "sorting": "duckdb", "writing": "data/train/part-00000.parquet"}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name, moment", [("SIGTERM", "reading"), ("SIGINT", "sorting"), ("SIGHUP", "writing")])
 def test_a_stopped_prepare_ends_by_one_line_and_leaves_nothing(tmp_path, name, moment):
     log = tmp_path / "log.csv"
@@ -215,6 +217,7 @@ with OutputFolder({!r}) as folder, folder.open("train/part") as file:
 """
 
 
+@pytest.mark.thorough
 def test_what_a_killed_prepare_left_is_removed_by_the_next_and_nothing_else_is(tmp_path):
     kept = [".out.tmp-notes", ".out.tmp-abcdefg9.txt", "out.tmp-17", ".other.tmp-abcdefg9"]
     for name in kept:

@@ -5,6 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from fuxi_torchrec.cli.id_list import split_ids
 from fuxi_torchrec.data.dataset import SequenceDataset
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.evaluation.recommend import Catalogue, history_request
@@ -33,10 +34,10 @@ def test_items_are_found_by_the_sources_ids_as_the_source_writes_them(small_data
 
 def test_text_ids_with_an_at_sign_are_ids_before_they_are_times(small_dataset, tmp_path):
     catalogue = catalogue_of(["a@5", "a", "b", "c@d"])(small_dataset, tmp_path)
-    request = history_request("b@9, a@5,c@d@3", catalogue, at=8)
+    request = history_request(split_ids("b@9, a@5,c@d@3"), catalogue, at=8)
     assert request.item_ids.tolist() == [3, 0, 2] and request.timestamps.tolist() == [3, 8, 9]
     with pytest.raises(UserError, match="item 'x' is not in the catalogue of"):
-        history_request("b,x@3", catalogue, at=8)
+        history_request(split_ids("b,x@3"), catalogue, at=8)
 
 
 def test_recommended_items_are_described_in_their_order_each_as_often_as_asked(small_dataset, tmp_path):

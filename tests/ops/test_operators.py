@@ -68,6 +68,7 @@ class Mixer(torch.nn.Module):
         return mix_tokens(values_THd, self.layout, channels, self.gaps, self.implementation)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("implementation", ["blocked", "linear", pytest.param("native", marks=needs_compiler)])
 def test_compiled_and_exported_mixers_give_eagers_numbers(implementation, monkeypatch):
     monkeypatch.setattr(token_mixing, "LINEAR_FROM", 4)

@@ -9,6 +9,8 @@ from fuxi_torchrec.ops.sampled_softmax.reference import sampled_softmax_referenc
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
+LARGE = pytest.param(5000, 1024, 4, marks=pytest.mark.thorough)
+
 TAU = 0.05
 
 
@@ -49,7 +51,7 @@ def test_per_token_loss_equals_plain_spelling(tokens, unique, negatives, width, 
     assert_same(loss, inputs, plain)
 
 
-@pytest.mark.parametrize("tokens, pool, width", [(300, 40, 12), (1, 1, 3), (0, 4, 3), (5000, 1024, 4)])
+@pytest.mark.parametrize("tokens, pool, width", [(300, 40, 12), (1, 1, 3), (0, 4, 3), LARGE])
 @pytest.mark.parametrize("hooked", [False, True], ids=["bare", "bias and mask"])
 def test_shared_loss_equals_plain_spelling(tokens, pool, width, hooked):
     inputs = unit_rows(tokens, width, 0), unit_rows(tokens, width, 1), unit_rows(pool, width, 2)

@@ -57,6 +57,7 @@ def test_in_batch_candidates_are_the_distinct_positives_or_the_most_that_are_kep
     assert made.candidate_traffic_bytes == 2 * 7 * 1500 * (2 * 64 * 4 + 8 + 4 + 4)  # logQ: draws and shares
 
 
+@pytest.mark.thorough
 def test_candidates_that_fill_the_memory_make_a_plan_that_does_not_fit_and_auto_shard():
     wide = config_of("in_batch", cross_rank=True)
     assert report(wide, cluster(512, hbm=8 * GIB), ITEMS, EVENTS).fits
