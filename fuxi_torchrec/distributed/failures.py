@@ -19,7 +19,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from fuxi_torchrec.distributed.private_api import default_store
+from fuxi_torchrec.distributed.private_api import own_store
 from fuxi_torchrec.distributed.world import World
 from fuxi_torchrec.errors import LostProcess, UserError
 
@@ -66,7 +66,7 @@ def fail_together(world: World, on_failure: Callable[[str], None] = lambda reaso
     if world.size == 1:
         yield
         return
-    store = default_store().clone()  # a connection of its own: the group's may be waiting
+    store = own_store()
     store.set_timeout(timedelta(seconds=PATIENCE))
     watch = _Watch(store, on_failure) if world.is_main else None
     try:

@@ -20,22 +20,24 @@ __all__ = [
     "ShardedTensor",
     "apply_optimizer_in_backward",
     "best_plan",
-    "default_store",
     "is_profiling",
     "is_trained_in_backward",
     "narrow_tensor_by_index",
     "offset_in_checkpoint",
+    "own_store",
 ]
 
 
-def default_store() -> dist.Store:
-    """Returns the store that the default process group was made with."""
-    return dist.distributed_c10d._get_default_store()
+def own_store() -> dist.Store:
+    """Returns a new connection to the store that the default process group was made with: the group's may be waiting."""
+    return dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]  # torch's stubs lack it
 
 
 def offset_in_checkpoint(fake: Tensor) -> int:
     """Tells where in its file the bytes of a tensor's storage begin, once torch.load has read it in FakeTensorMode."""
-    return fake.untyped_storage()._checkpoint_offset
+    offset = fake.untyped_storage()._checkpoint_offset
+    assert offset is not None, "the tensor was not read in FakeTensorMode"
+    return offset
 
 
 def is_trained_in_backward(parameter: Tensor) -> bool:

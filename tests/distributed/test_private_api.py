@@ -34,9 +34,9 @@ def table():
     return table
 
 
-def test_the_default_store_is_the_process_group_s(world):
-    private_api.default_store().set("key", "value")
-    assert private_api.default_store().get("key") == b"value" and isinstance(private_api.default_store(), dist.Store)
+def test_an_own_connection_reaches_the_process_groups_store(world):
+    private_api.own_store().set("key", "value")
+    assert private_api.own_store().get("key") == b"value" and isinstance(private_api.own_store(), dist.Store)
 
 
 def test_a_fake_tensor_knows_where_its_bytes_are_in_the_file():
