@@ -12,6 +12,8 @@ DEVICE ?= $(shell $(or $(PYTHON),false) -c 'import ctypes; ctypes.CDLL("libnvidi
 # GB, which runs on a CPU too; PyTorch's own CPU index has a CPU build of 0.2 GB: make TORCH_INDEX=<its address> smoke
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
+# Test files that run at a time, each with the CPU time of about one core.
+TEST_JOBS ?= 2
 # The documentation's tools have an environment of their own: none of them belongs into the product's.
 DOCS_VENV := .venv-docs
 
@@ -26,7 +28,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
-	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) DEVICE=$(DEVICE) TORCH_INDEX=$(TORCH_INDEX) PYTEST_ARGS=$(PYTEST_ARGS)"
+	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) DEVICE=$(DEVICE) TORCH_INDEX=$(TORCH_INDEX) PYTEST_ARGS=$(PYTEST_ARGS) TEST_JOBS=$(TEST_JOBS)"
 
 install: $(INSTALLED)  ## the virtual environment alone
 
@@ -34,7 +36,7 @@ smoke: $(INSTALLED)  ## train, evaluate and recommend on generated MovieLens-lik
 	$(BIN)/python -m benchmarks.smoke
 
 test: $(INSTALLED)  ## the tests
-	$(BIN)/python -m pytest -q --durations=10 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -n $(TEST_JOBS) --dist loadfile --durations=10 $(PYTEST_ARGS)
 
 quick: lint types  ## between edits: lint, contracts, types and the fast tests
 	$(BIN)/python -m pytest -q -m "not thorough and not slow and not slurm" $(PYTEST_ARGS)

@@ -5,7 +5,8 @@ import os
 import numpy as np
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Tests in two processes beside each other (make test) get a core each: threads that wait for others would spin.
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 
 
 def write_events(path, users, seed=0, items=60):
