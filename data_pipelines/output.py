@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, Callable, ContextManager, Dict, Iterator, List
 from data_pipelines.interrupts import uninterrupted
 from fuxi_torchrec.data.checksums import describe_files
 from fuxi_torchrec.data.format import IDENTITY_FILE, TRAIN_FOLDER
-from fuxi_torchrec.errors import UserError
+from fuxi_torchrec.errors import UserError, one_line
 from fuxi_torchrec.paths import is_address, join, names_in, path_manager
 from fuxi_torchrec.run.lock import Lock
 
@@ -159,7 +159,7 @@ class OutputFolder:
         except UserError:
             raise
         except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = one_line(error)
             raise UserError(f"{self.output}: cannot be written ({reason}); try again or choose another --output") from None
 
     def _clear_address(self) -> None:

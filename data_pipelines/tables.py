@@ -10,7 +10,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from data_pipelines.values import BadValue
-from fuxi_torchrec.errors import UserError
+from fuxi_torchrec.errors import UserError, one_line
 
 CSV_BLOCK_BYTES = 8 << 20
 PARQUET_BLOCK_ROWS = 1 << 18
@@ -49,7 +49,7 @@ class CsvTable:
         except OSError as error:
             if error.errno is not None:
                 raise  # the disk's own trouble, not the file's
-            raise UserError(f"{self.name}: damaged or truncated ({_one_line(error)}); fetch it again") from None
+            raise UserError(f"{self.name}: damaged or truncated ({one_line(error)}); fetch it again") from None
 
     def place(self, row: int) -> str:
         """Says where data row `row` (0-based) begins: 'line N', 1-based, the header, empty lines and all counted."""
@@ -114,7 +114,7 @@ class CsvTable:
                     )
                 if any("\ufffd" in value for value in record):
                     return UserError(f"{self.name}, line {line}: not UTF-8 text; convert the file to UTF-8")
-        return UserError(f"{self.name}: not a readable CSV file ({_one_line(error)})")
+        return UserError(f"{self.name}: not a readable CSV file ({one_line(error)})")
 
 
 @dataclass
@@ -138,7 +138,7 @@ class ParquetTable:
         except (pa.ArrowException, OSError) as error:
             if getattr(error, "errno", None) is not None:
                 raise  # the disk's own trouble, not the file's
-            raise UserError(f"{self.name}: not a readable Parquet file ({_one_line(error)}); fetch it again") from None
+            raise UserError(f"{self.name}: not a readable Parquet file ({one_line(error)}); fetch it again") from None
 
     def place(self, row: int) -> str:
         """Says which row `row` (0-based) is."""
@@ -156,7 +156,3 @@ def _require_columns(name: str, wanted: List[str], found: List[str]) -> None:
     missing = [column for column in wanted if column not in found]
     if missing:
         raise UserError(f"{name}: no column {missing[0]!r}; the file has {', '.join(map(repr, found))}")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

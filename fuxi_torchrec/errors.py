@@ -4,6 +4,11 @@ AGAINST_DIVERGENCE = "try a lower optimizer.learning_rate, optimizer.weight_deca
 """What to do, in every message on a loss, a parameter or a score that is not finite."""
 
 
+def one_line(error: object, most: int = 200) -> str:
+    """Tells an error in one line of at most `most` characters; one without a text by its type."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 class UserError(Exception):
     """Raised for wrong input at the edge: a file, row or key that does not hold what it must.
 

@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser
 from fuxi_torchrec.config.help import HelpFormatter
 from fuxi_torchrec.config.rules import check
 from fuxi_torchrec.config.schema import Config
-from fuxi_torchrec.errors import UserError
+from fuxi_torchrec.errors import UserError, one_line
 from fuxi_torchrec.paths import absolute
 
 # Keys that hold paths. In a file that is kept they are absolute: it is read from other folders too.
@@ -58,7 +58,7 @@ def check_file(path: str) -> None:
     except OSError as error:
         raise UserError(f"{path}: cannot read this config file ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+        raise UserError(f"{path}: not YAML ({one_line(error)})") from None
     check_keys(path, values or {})
 
 

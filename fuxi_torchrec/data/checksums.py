@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fuxi_torchrec.data.format import ITEMS_FILE, TRAIN_FOLDER, USERS_FILE, DatasetIdentity
-from fuxi_torchrec.errors import UserError
+from fuxi_torchrec.errors import UserError, one_line
 from fuxi_torchrec.paths import join, names_in, path_manager
 
 ADVICE = "copy the data set again from where it is whole, or prepare it again"
@@ -97,5 +97,5 @@ def _reading(path: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = one_line(error)
         raise UserError(f"{path}: cannot be read ({reason}); {ADVICE}") from None

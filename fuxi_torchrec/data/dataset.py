@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from fuxi_torchrec.data.checksums import ADVICE, check_start, compare, part_names, verify_files
 from fuxi_torchrec.data.format import ITEMS_FILE, TRAIN_FOLDER, USERS_FILE, DatasetIdentity, read_identity
-from fuxi_torchrec.errors import UserError
+from fuxi_torchrec.errors import UserError, one_line
 from fuxi_torchrec.paths import join, path_manager
 
 
@@ -83,7 +83,7 @@ class SequenceDataset:
                 table = pq.ParquetFile(file).read_row_group(group.index, columns=columns).combine_chunks()
             rows = _to_rows(table, log_prob_column)
         except (pa.ArrowException, OSError, KeyError) as error:
-            raise UserError(f"{group.path}, row group {group.index}: cannot be read ({_first_line(error)})") from None
+            raise UserError(f"{group.path}, row group {group.index}: cannot be read ({one_line(error)})") from None
         self._check(group, rows)
         return rows
 
@@ -151,7 +151,7 @@ def _readable(path: str) -> Iterator[BinaryIO]:
         with path_manager().open(path, "rb") as file:
             yield file
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: cannot be read ({_first_line(error)}); prepare the data set again") from None
+        raise UserError(f"{path}: cannot be read ({one_line(error)}); prepare the data set again") from None
 
 
 def check_enough_data(dataset: SequenceDataset, processes: int) -> None:
@@ -209,7 +209,7 @@ def _row_groups(folder: str, identity: DatasetIdentity) -> List[RowGroup]:
                 metadata = pq.ParquetFile(file).metadata
                 size = file.seek(0, os.SEEK_END)
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{path}: not a Parquet file ({_first_line(error)}); prepare it again") from None
+            raise UserError(f"{path}: not a Parquet file ({one_line(error)}); prepare it again") from None
         if identity.files:
             compare(path, {"bytes": size, "rows": metadata.num_rows}, identity.files[name])
         groups += [RowGroup(path, i, metadata.row_group(i).num_rows) for i in range(metadata.num_row_groups)]
@@ -221,13 +221,9 @@ def _part_names(folder: str, identity: DatasetIdentity) -> List[str]:
     try:
         names = part_names(folder)
     except OSError as error:
-        raise UserError(f"{train}: cannot be listed ({_first_line(error)}); prepare the data set again") from None
+        raise UserError(f"{train}: cannot be listed ({one_line(error)}); prepare the data set again") from None
     recorded = {name for name in identity.files if name.startswith(f"{TRAIN_FOLDER}/")}
     for name in sorted(recorded ^ set(names)) if identity.files else []:
         what = "missing" if name in recorded else "not a file that dataset.json lists"
         raise UserError(f"{join(folder, name)}: {what}; {ADVICE}")
     return names
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

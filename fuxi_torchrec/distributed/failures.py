@@ -21,7 +21,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from fuxi_torchrec.distributed.private_api import own_store
 from fuxi_torchrec.distributed.world import World
-from fuxi_torchrec.errors import LostProcess, UserError
+from fuxi_torchrec.errors import LostProcess, UserError, one_line
 
 FAILED, HEARD, NOTICED = "fuxi/failed", "fuxi/heard", "fuxi/noticed"
 PATIENCE = 5.0  # seconds: more than rank 0 needs to look, far less than a scheduler gives after a signal
@@ -174,7 +174,7 @@ def _lost(error: Exception, store: dist.Store, world: World) -> Exception:
         time.sleep(0.1)
     noticed = set(range(world.size)) - others
     ranks = ", ".join(map(str, sorted(others))) or "?"
-    lost = LostProcess(f"rank {ranks} died or hangs, seen by rank {world.rank} ({_first_line(error)})")
+    lost = LostProcess(f"rank {ranks} died or hangs, seen by rank {world.rank} ({_first_sentence(error)})")
     lost.reported = world.rank != min(noticed)
     return lost
 
@@ -207,7 +207,6 @@ def _flat(config: Dict[str, Any]) -> Dict[str, Any]:
     return {f"{section}.{key}": value for section, keys in config.items() for key, value in keys.items()}
 
 
-def _first_line(error: Exception) -> str:
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    text = re.sub(r"^\[\S+:\d+\] ", "", text)  # gloo's source file
+def _first_sentence(error: Exception) -> str:
+    text = re.sub(r"^\[\S+:\d+\] ", "", one_line(error, most=1000))  # gloo's source file
     return text.split(". ")[0][:200]

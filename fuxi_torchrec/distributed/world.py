@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fuxi_torchrec.errors import LostProcess, UserError
+from fuxi_torchrec.errors import LostProcess, UserError, one_line
 from fuxi_torchrec.versions import fbgemm_has_cuda
 
 T = TypeVar("T")
@@ -101,7 +101,7 @@ def start_world(device: str = "auto", timeout_minutes: float = 30.0) -> Iterator
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise LostProcess(
                 f"rank {rank} of {size}: the processes did not meet at {where} within {timeout_minutes:g} minutes "
-                f"({str(error).splitlines()[0][:200]}); start every rank, or raise trainer.timeout_minutes"
+                f"({one_line(error)}); start every rank, or raise trainer.timeout_minutes"
             ) from error
         host_group = dist.new_group(backend="gloo", timeout=timeout) if use_cuda else None
     else:

@@ -5,7 +5,7 @@ import os
 from contextlib import contextmanager, suppress
 from typing import Any, Dict, Iterator, Optional
 
-from fuxi_torchrec.errors import LostProcess, UserError
+from fuxi_torchrec.errors import LostProcess, UserError, one_line
 from fuxi_torchrec.files import write_aside
 from fuxi_torchrec.run.folder import RunFolder
 
@@ -59,5 +59,5 @@ def recorded_outcome() -> Iterator[OutcomeRecord]:
 
 
 def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text if isinstance(error, (UserError, LostProcess)) else f"{type(error).__name__}: {text}".rstrip(": ")
+    text, name = one_line(error, most=2000), type(error).__name__
+    return text if isinstance(error, (UserError, LostProcess)) or text == name else f"{name}: {text}"

@@ -11,7 +11,7 @@ import shutil
 import torch
 
 from fuxi_torchrec.encoders.base import SequenceEncoder
-from fuxi_torchrec.errors import UserError
+from fuxi_torchrec.errors import UserError, one_line
 
 BACKEND = "inductor"
 
@@ -32,9 +32,8 @@ def check_compiler(device_type: str) -> None:
     try:
         torch.compile(_line, dynamic=True)(torch.ones(3, device=device_type))
     except Exception as error:  # whatever a tool chain can do
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(
-            f"trainer.compile: torch.compile fails here ({reason[:200]}); set trainer.compile to false"
+            f"trainer.compile: torch.compile fails here ({one_line(error)}); set trainer.compile to false"
         ) from None
 
 

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from typing import Any, Dict, List, Optional, Tuple
 
 from fuxi_torchrec.cli.streams import run_on_streams
-from fuxi_torchrec.errors import UserError
+from fuxi_torchrec.errors import UserError, one_line
 from fuxi_torchrec.files import write_aside
 from launch.scaling_law.fit import PARAMETERS
 from launch.scaling_law.study import FLOPS, NEEDED, PLACES, Study
@@ -53,7 +53,7 @@ def _read_table(path: str) -> List[Dict[str, Any]]:
     except FileNotFoundError:
         raise UserError(f"{path}: no results table here; name the folder of a sweep") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a table ({' '.join(str(error).split())[:200]})") from None
+        raise UserError(f"{path}: not a table ({one_line(error)})") from None
 
 
 def _value(text: Optional[str]) -> Any:

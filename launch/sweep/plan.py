@@ -23,7 +23,7 @@ from typing import Any, Dict, Iterator, List
 import yaml
 
 from fuxi_torchrec.config.parsing import OneLineParser, add_config_arguments, check_file, check_keys, parse_config
-from fuxi_torchrec.errors import UserError
+from fuxi_torchrec.errors import UserError, one_line
 
 DIAL = "dial"
 KEYS = ("config", "set", "seeds", "width_per_block", "grid", "prepare")
@@ -101,7 +101,7 @@ def _read(path: str) -> Dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path}: cannot read this sweep ({error.strerror}); name one of configs/sweeps/") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+        raise UserError(f"{path}: not YAML ({one_line(error)})") from None
     if not isinstance(values, dict) or not isinstance(values.get("config"), str):
         raise UserError(f"{path}: config: name the YAML file that every run starts from")
     for key in values:
