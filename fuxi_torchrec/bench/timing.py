@@ -24,7 +24,7 @@ from fuxi_torchrec.profiling.flops import non_embedding_parameters, training_flo
 from fuxi_torchrec.profiling.memory import PeakMemory, available, out_of_memory_as_user_error
 from fuxi_torchrec.profiling.stages import StageClock, clocked, stage
 from fuxi_torchrec.run.folder import RunFolder
-from fuxi_torchrec.sharding.memory_estimate import FLOAT_BYTES, KEPT_WIDTHS
+from fuxi_torchrec.sharding.memory_estimate import ADAMW_COPIES, FLOAT_BYTES, KEPT_WIDTHS
 from fuxi_torchrec.training.build import build_trainer
 
 LESS = "ask for fewer --tokens, shorter --lengths or a smaller model"
@@ -187,7 +187,7 @@ def check_memory(
         model, padded_length = one.model, one.model.padded_length or length + 11
         weights = non_embedding_parameters(model, padded_length) + (padded_length + size.items) * model.embedding_dim
         kept = KEPT_WIDTHS * tokens * model.embedding_dim * model.num_blocks + tokens * config.loss.num_negatives
-        needed = FLOAT_BYTES * (4 * weights + kept)
+        needed = FLOAT_BYTES * (ADAMW_COPIES * weights + kept)
         if free is not None and needed > free:
             raise UserError(
                 f"bench: {model.encoder} with {tokens:,} tokens needs about {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} "

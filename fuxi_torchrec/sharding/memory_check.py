@@ -6,10 +6,9 @@ from fuxi_torchrec.data.format import DatasetIdentity
 from fuxi_torchrec.distributed.world import World
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.profiling.flops import non_embedding_parameters
-from fuxi_torchrec.sharding.memory_estimate import FLOAT_BYTES, ID_BYTES, positions
+from fuxi_torchrec.sharding.memory_estimate import ADAMW_COPIES, FLOAT_BYTES, ID_BYTES, positions
 from fuxi_torchrec.sharding.planner import GIB, this_machine
 
-COPIES = 4  # a parameter, its gradient, and AdamW's two moments
 SIZES = "model.num_blocks, num_heads, embedding_dim, value_dim, qk_dim, ffn_multiply or padded_length"
 
 
@@ -29,7 +28,7 @@ def check_memory(config: Config, identity: DatasetIdentity, memory: int) -> None
     """Checks the same against `memory` bytes of a rank."""
     parameters = non_embedding_parameters(config.model, config.padded_length)
     parameters += config.padded_length * config.model.embedding_dim
-    needed: float = COPIES * parameters * FLOAT_BYTES
+    needed: float = ADAMW_COPIES * parameters * FLOAT_BYTES
     if needed > memory:
         raise UserError(
             f"model: {parameters:,} parameters with their gradient and AdamW's moments take {needed / GIB:,.1f} GiB, and a "

@@ -9,6 +9,7 @@ from typing import Tuple
 from fuxi_torchrec.config import Config
 
 ID_BYTES, FLOAT_BYTES = 8, 4
+ADAMW_COPIES = 4  # of a parameter: itself, its gradient, and AdamW's two moments
 # Floats kept for backward, per token and block, in widths of the model: measured on no device, an upper guess.
 KEPT_WIDTHS = 24
 # A logit of a chunk of the loss, its exponential and a mask.

@@ -166,7 +166,7 @@ def batch_bytes(config: Config, machine: Machine, num_items: int, events: float)
 def dense_bytes(model: nn.Module) -> int:
     """Counts the bytes of the encoder's parameters, their gradient, and AdamW's two moments."""
     own = (p.numel() for name, p in model.named_parameters() if not name.startswith("embeddings"))
-    return 4 * sum(own) * memory_estimate.FLOAT_BYTES
+    return memory_estimate.ADAMW_COPIES * sum(own) * memory_estimate.FLOAT_BYTES
 
 
 def narrowest_part(width: int, world_size: int) -> Optional[int]:
@@ -176,7 +176,7 @@ def narrowest_part(width: int, world_size: int) -> Optional[int]:
 
 
 def _does_not_fit(config: Config, machine: Machine, num_items: int, reserved: int) -> UserError:
-    table = num_items * config.model.embedding_dim * 4 / GIB
+    table = num_items * config.model.embedding_dim * memory_estimate.FLOAT_BYTES / GIB
     return UserError(
         f"table.sharding: {config.table.sharding} finds no plan for {num_items:,} items x {config.model.embedding_dim} "
         f"({table:,.1f} GiB with fp32 rows) on {machine.world_size} ranks of {machine.memory / GIB:,.1f} GiB "

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 
 from fuxi_torchrec.config import Config
 from fuxi_torchrec.errors import UserError
+from fuxi_torchrec.sharding.memory_estimate import ADAMW_COPIES, FLOAT_BYTES
 
 # auto replicates a table whose rows, gradient and two AdamW moments take at most this part of a rank's memory. Beyond
 # it, all-reducing and stepping a gradient of the whole table would outweigh the encoder.
 SMALL_PART = 0.02
-COPIES = 4
-FLOAT = 4
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ def choose_table(config: Config, num_items: int, memory: int) -> TableChoice:
     table, width = config.table, config.model.embedding_dim
     sharding = table.sharding
     if sharding == "auto":
-        small = COPIES * num_items * width * FLOAT <= SMALL_PART * memory
+        small = ADAMW_COPIES * num_items * width * FLOAT_BYTES <= SMALL_PART * memory
         if table.optimizer == "adamw" or (table.optimizer is None and small):
             sharding = "replicated"
         elif width % 4:
