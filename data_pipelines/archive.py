@@ -16,7 +16,7 @@ from fuxi_torchrec.paths import path_manager
 
 
 class Archive:
-    """The files of a zip archive or of a folder, by base name. Use as a context manager.
+    """The files of a zip archive or of a folder, by base name; a context manager.
 
     Raises UserError for a source that is missing, cannot be fetched, is not a zip archive or is truncated, and for a
     wrong checksum (md5 or sha256, as 32 or 64 hex digits, with or without "md5:" or "sha256:" before them).
@@ -53,14 +53,14 @@ class Archive:
 
     @property
     def name(self) -> str:
-        """What the data set is called: the archive's one top folder ("ml-1m"), or its own name."""
+        """Name of the data set: the archive's one top folder ("ml-1m"), or its own name."""
         tops = {name.split("/")[0] for name in self._names if "/" in name}
         if self._zip is not None and len(tops) == 1:
             return tops.pop()
         return re.sub(r"\.zip$", "", os.path.basename(os.path.abspath(self._path)))
 
     def find(self, base_name: str) -> Optional[str]:
-        """The file of this base name that lies least deep, or None."""
+        """Finds the file of this base name that lies least deep, or None."""
         found = [name for name in self._names if name.split("/")[-1] == base_name and "__MACOSX" not in name]
         return min(found, key=lambda name: (name.count("/"), name), default=None)
 
@@ -76,7 +76,7 @@ class Archive:
             raise UserError(f"{self._path}: {name} in it is damaged or truncated ({error}); fetch it again") from None
 
     def checksum(self) -> str:
-        """ "sha256:…" of the archive, or of a folder's files (name and content of each, in name order)."""
+        """Computes "sha256:…" of the archive, or of a folder's files (name and content of each, in name order)."""
         digest = hashlib.sha256()
         for name in sorted(self._names) if self._is_folder else [None]:
             if name is not None:
@@ -97,7 +97,7 @@ class Archive:
 
 
 def verify_checksum(path: str, expected: str) -> None:
-    """Raises UserError unless the file's md5 or sha256 (by length) is `expected`."""
+    """Compares a file's md5 or sha256 (by length) with `expected`. Raises UserError unless they are equal."""
     text = expected.strip().lower()
     digits = re.sub(r"^(md5|sha256):", "", text)
     algorithm = {32: "md5", 64: "sha256"}.get(len(digits))
@@ -113,7 +113,8 @@ def verify_checksum(path: str, expected: str) -> None:
 
 
 def local_copy(address: str) -> str:
-    """A local path for a path or address; downloads are cached by iopath. Raises UserError where it cannot be had."""
+    """Returns a local path for a path or address; downloads are cached by iopath. Raises UserError where it cannot be
+    had."""
     # The bar of a download is for a terminal; iopath's own log line would stand beside our one-line error.
     quiet = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
     logging.getLogger("iopath.common.download").setLevel(logging.CRITICAL)

@@ -75,7 +75,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def summary(identity: "DatasetIdentity", output: str) -> List[str]:
-    """Lines that say what a data set holds and what was found on the way."""
+    """Lists what a data set holds and what was found on the way, a line each."""
     rows = [
         ("users", f"{identity.num_users:,}"),
         ("items", f"{identity.num_items:,} (catalogue: {identity.catalogue})"),

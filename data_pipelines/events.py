@@ -25,7 +25,8 @@ Table = Union[CsvTable, ParquetTable]
 
 @dataclass
 class EventColumns:
-    """Which columns are read and what they hold. The types "auto" are settled by the first block of the first file.
+    """The columns that are read and what they hold. The types "auto" are settled by the first block of the first
+    file.
 
     A CSV id column whose first value looks like a number holds integers, and a later value that is not one is an error:
     taking the column for text instead would hide a damaged row. extras: name -> "auto", "int", "float" or "text".
@@ -42,6 +43,7 @@ class EventColumns:
 
     @property
     def names(self) -> List[str]:
+        """Names of all columns that are read."""
         return list(dict.fromkeys([self.user, self.item, self.time, *self.extras]))
 
     def settle(self, block: Dict[str, pa.Array]) -> None:
@@ -54,7 +56,7 @@ class EventColumns:
             self.extras[name] = values.extra_kind(block[name]) if kind == "auto" else kind
 
     def convert(self, table: Table, first_row: int, block: Dict[str, pa.Array]) -> Tuple:
-        """(users, items, times, extras) of a block; raises UserError naming file, row and column."""
+        """Converts a block to (users, items, times, extras). Raises UserError naming file, row and column."""
         column = self.user
         try:
             users = to_ids(block[column], self.user_type, "user id")
@@ -168,12 +170,13 @@ def _write(
 
 
 def to_ids(array: pa.Array, kind: str, what: str) -> pa.Array:
-    """Checked ids: int64 for kind "integer", string for "text"."""
+    """Converts checked ids: int64 for kind "integer", string for "text"."""
     return values.to_text(array, what) if kind == "text" else values.to_int64(array, what)
 
 
 def seconds_per_tick(time_unit: Union[str, float]) -> float:
-    """Raises UserError unless it is "s", "ms", "us", "ns" or a positive number of seconds."""
+    """Parses a unit of time: "s", "ms", "us", "ns" or a positive number of seconds. Raises UserError for anything
+    else."""
     if time_unit in TIME_UNITS:
         return TIME_UNITS[time_unit]
     try:
@@ -186,7 +189,7 @@ def seconds_per_tick(time_unit: Union[str, float]) -> float:
 
 
 def expand(source: Sequence[str]) -> List[str]:
-    """Local paths of files, globs and addresses, in order. Raises UserError for what is not there."""
+    """Lists the local paths of files, globs and addresses, in order. Raises UserError for what is not there."""
     paths: List[str] = []
     for pattern in source:
         if "://" not in pattern and not os.path.exists(pattern):

@@ -27,7 +27,7 @@ MIN_REMAINING = 0.05
 
 @dataclass(frozen=True)
 class Generator:
-    """Every parameter of the law; `to_dict` goes into dataset.json.
+    """The law of synthetic events, every parameter of it; `to_dict` goes into dataset.json.
 
     items V; events_per_user: mean length; clusters C; epsilon: share of events that ignore the history; decay: b of the
     power law of time; zipf_exponent; max_sequence_length: visible events; unique_items: no item twice among the visible
@@ -72,15 +72,17 @@ class Generator:
             raise UserError("--unique-items: needs more items than --max-sequence-length, and --epsilon above 0")
 
     def to_dict(self) -> Dict[str, Any]:
+        """Returns the parameters as plain values."""
         return {"kind": "clustered_power_law", "time_unit_seconds": 1.0, **asdict(self)}
 
     @property
     def block_users(self) -> int:
+        """Users that are generated together, from one random stream."""
         return max(16, min(MAX_BLOCK_USERS, BLOCK_EVENTS // self.events_per_user))
 
 
 class Catalogue:
-    """Items, their clusters and their Zipf laws. Random draws depend on the seed alone.
+    """The items, their clusters and their Zipf laws. Random draws depend on the seed alone.
 
     Popularity is a random order of the items: rank_of_item int64 [V], 0 the most popular. cluster = rank mod C, so that
     every cluster has its share of popular items; an item's rank within its cluster is rank // C.
@@ -100,22 +102,24 @@ class Catalogue:
         self.larger = law.items % law.clusters
 
     def cluster_total(self, clusters: np.ndarray) -> np.ndarray:
-        """Sum of a cluster's unnormalised weights."""
+        """Sums up a cluster's unnormalised weights."""
         sizes = self.small + (clusters < self.larger)
         return self._cdf[sizes - 1]
 
     def zipf(self, ranks: np.ndarray) -> np.ndarray:
+        """Computes the items' probabilities by the catalogue's Zipf law, by rank."""
         return self.weights[ranks] / self.total
 
     def zipf_in_cluster(self, ranks: np.ndarray) -> np.ndarray:
+        """Computes the items' probabilities by their clusters' own laws, by rank."""
         return self.weights[ranks // self.clusters] / self.cluster_total(ranks % self.clusters)
 
     def draw(self, uniform: np.ndarray) -> np.ndarray:
-        """Ranks from Zipf, of uniform numbers in [0, 1)."""
+        """Draws ranks from the Zipf law, by uniform numbers in [0, 1)."""
         return np.searchsorted(self._cdf[:-1], uniform * self.total, side="right")
 
     def draw_in_cluster(self, clusters: np.ndarray, uniform: np.ndarray) -> np.ndarray:
-        """Ranks from the clusters' own laws."""
+        """Draws ranks from the clusters' own laws."""
         sizes = self.small + (clusters < self.larger)
         within = np.searchsorted(self._cdf, uniform * self._cdf[sizes - 1], side="right")
         return np.minimum(within, sizes - 1) * self.clusters + clusters
@@ -123,7 +127,7 @@ class Catalogue:
 
 @dataclass
 class Block:
-    """Users' events side by side: lengths int64 [B]; ranks, timestamps int64, log_probs float64, each [T]."""
+    """Some users' events side by side: lengths int64 [B]; ranks, timestamps int64, log_probs float64, each [T]."""
 
     lengths: np.ndarray
     ranks: np.ndarray
@@ -132,7 +136,7 @@ class Block:
 
 
 def generate_block(law: Generator, catalogue: Catalogue, block: int, users: int) -> Block:
-    """Users block·block_users … of the data set, from the block's own random stream."""
+    """Generates the users block·block_users … of the data set, from the block's own random stream."""
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(law.seed, spawn_key=(1, block))))
     # Always a whole block of numbers, so that a data set with more users begins with the same users.
     lengths = draw_lengths(law, rng, law.block_users)
@@ -146,7 +150,7 @@ def generate_block(law: Generator, catalogue: Catalogue, block: int, users: int)
 
 
 def draw_lengths(law: Generator, rng: np.random.Generator, users: int) -> np.ndarray:
-    """Events of each user, int64 [B], at least 2, of mean events_per_user (up to the clipping of the tail)."""
+    """Draws the events of each user, int64 [B], at least 2, of mean events_per_user (up to the clipping of the tail)."""
     mean = law.events_per_user
     if law.lengths == "fixed":
         return np.full(users, mean)
@@ -240,14 +244,15 @@ class History:
         return drawn
 
     def probability(self, catalogue: Catalogue, ranks: np.ndarray) -> np.ndarray:
-        """p of one item per user, [n], before any renormalisation."""
+        """Computes p of one item per user, [n], before any renormalisation."""
         own = self.clusters == (ranks % self.law.clusters)[:, None]
         share = np.einsum("nw,nw->n", self.weights, own) / self.total
         epsilon = self.law.epsilon
         return (1 - epsilon) * share * catalogue.zipf_in_cluster(ranks) + epsilon * catalogue.zipf(ranks)
 
     def unseen_law(self, catalogue: Catalogue, row: int) -> np.ndarray:
-        """One user's unnormalised law over all items, by rank [V], 0 for visible items. Slow: for the rare case."""
+        """Computes one user's unnormalised law over all items, by rank [V], 0 for visible items. Slow: for the rare
+        case."""
         share = np.bincount(self.clusters[row], self.weights[row], minlength=self.law.clusters) / self.total[row]
         ranks = np.arange(self.law.items)
         epsilon = self.law.epsilon
@@ -258,7 +263,7 @@ class History:
 
 
 class SeenMass:
-    """For unique_items: how much of each law the visible items hold, kept up to date event by event.
+    """Mass that the visible items hold of each law, kept up to date event by event; for unique_items.
 
     by_cluster float64 [B, C]: sum of Zipf_c over the visible items of cluster c; overall [B]: of Zipf.
     """
@@ -269,15 +274,18 @@ class SeenMass:
         self.overall = np.zeros(users)
 
     def add(self, ranks: np.ndarray, sign: float = 1.0) -> None:
+        """Adds the newest visible items, ranks [n]."""
         rows = np.arange(len(ranks))
         self.by_cluster[rows, ranks % self.law.clusters] += sign * self.catalogue.zipf_in_cluster(ranks)
         self.overall[rows] += sign * self.catalogue.zipf(ranks)
 
     def remove(self, ranks: np.ndarray) -> None:
+        """Takes out the items that are visible no longer, ranks [n]."""
         self.add(ranks, -1.0)
 
     def remaining(self, history: History) -> np.ndarray:
-        """1 - p(visible items), [n]; summed afresh where so little is left that the difference would lose digits."""
+        """Computes 1 - p(visible items), [n]; summed afresh where so little is left that the difference would lose
+        digits."""
         n = len(history.total)
         seen = np.take_along_axis(self.by_cluster[:n], history.clusters, axis=1)
         seen_by_history = np.einsum("nw,nw->n", history.weights, seen) / history.total

@@ -11,7 +11,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stop:
-    """How the work ended. code: 128 + n after signal n, else 0."""
+    """End of the interrupted work. code: 128 + n after signal n, else 0."""
 
     code = 0
 

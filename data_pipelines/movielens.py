@@ -20,7 +20,7 @@ from fuxi_torchrec.errors import UserError
 
 @dataclass(frozen=True)
 class Layout:
-    """How one generation of archives is written. names: the ratings' columns where the file has no header."""
+    """Spelling of one generation of archives. names: the ratings' columns where the file has no header."""
 
     ratings_file: str
     movies_file: str
@@ -30,6 +30,7 @@ class Layout:
 
     @property
     def columns(self) -> List[str]:
+        """Columns of the ratings: user, movie, rating, timestamp."""
         return list(self.names or ("userId", "movieId", "rating", "timestamp"))
 
 

@@ -114,7 +114,7 @@ def _user_lines(users: int, rng: np.random.Generator) -> Iterator[str]:
 
 
 def make_titles(count: int, rng: np.random.Generator) -> List[str]:
-    """`count` different invented titles, such as "The Crimson Harbour (1994)"; latin-1 has their letters."""
+    """Invents `count` different titles, such as "The Crimson Harbour (1994)"; latin-1 has their letters."""
     combinations = len(PATTERNS) * len(ADJECTIVES) * len(NOUNS)
     order = rng.permutation(combinations)
     years = rng.integers(1930, 2001, count).tolist()

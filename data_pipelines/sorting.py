@@ -21,7 +21,8 @@ BATCH_ROWS = 1 << 18
 
 
 class EventSorter:
-    """Takes events in source order and gives them back as sequences, sorted stably by (user, time, source position).
+    """An external sort: takes events in source order and gives them back as sequences, sorted stably by (user, time,
+    source position).
 
     folder: for temporary files, about three times the size of the events. memory_limit: DuckDB's ("2GB"); what Python
     holds comes on top (a few hundred MB, and the item table).
@@ -101,11 +102,11 @@ class EventSorter:
         self.num_users = self._count(f"SELECT count(DISTINCT user_id) FROM {sorted_events}")
 
     def source_items(self) -> pa.Array:
-        """Source ids of the items, in the order of their dense ids, int64 or string [V]."""
+        """Reads the source ids of the items, in the order of their dense ids, int64 or string [V]."""
         return _one_array(self._connection.sql("SELECT source_id FROM items ORDER BY id").to_arrow_table()[0])
 
     def titles(self, items: pa.Array, titles: pa.Array) -> pa.Array:
-        """Title of each catalogue item, string [V]; null where none is listed, the first where several are.
+        """Reads the title of each catalogue item, string [V]; null where none is listed, the first where several are.
 
         items: source ids; titles: string, beside them.
         """
@@ -119,14 +120,15 @@ class EventSorter:
         return _one_array(self._connection.sql(query).to_arrow_table()[0])
 
     def source_users(self) -> Optional[Iterator[pa.RecordBatch]]:
-        """(user_id int64, source_id string) where the source's users are text, else None: their ids are kept."""
+        """Reads (user_id int64, source_id string) where the source's users are text, else None: their ids are kept."""
         if not self._text_users:
             return None
         query = "SELECT id AS user_id, source_id FROM users ORDER BY id"
         return iter(self._connection.sql(query).to_arrow_reader(BATCH_ROWS))
 
     def sequences(self) -> Iterator[Sequences]:
-        """Whole users, many at a time, in the order of user_id. Counts unsorted and duplicate events on the way.
+        """Yields whole users, many at a time, in the order of user_id. Counts unsorted and duplicate events on the
+        way.
 
         timestamps are as they were added. Memory: a few batches of BATCH_ROWS events, or one user's events if more.
         """
@@ -175,7 +177,7 @@ class EventSorter:
 
 
 def count_unsorted(offsets: np.ndarray, positions: np.ndarray) -> int:
-    """Events that stood in the source after a later event of the same user.
+    """Counts the events that stood in the source after a later event of the same user.
 
     offsets int64 [B+1] of users; positions int64 [T], the source positions of the events in sorted order.
     """
@@ -187,7 +189,7 @@ def count_unsorted(offsets: np.ndarray, positions: np.ndarray) -> int:
 
 
 def count_duplicates(users: np.ndarray, times: np.ndarray, items: np.ndarray) -> int:
-    """Events whose user, time and item were seen before. Arrays int64 [T], sorted by user and time."""
+    """Counts the events whose user, time and item were seen before. Arrays int64 [T], sorted by user and time."""
     same = (users[1:] == users[:-1]) & (times[1:] == times[:-1])
     tied = np.append(same, False) | np.append(False, same)  # only ties can hold duplicates, and they are few
     users, times, items = users[tied], times[tied], items[tied]

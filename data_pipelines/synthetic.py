@@ -54,7 +54,8 @@ def prepare_synthetic(
 
 
 def blocks(law: Generator, catalogue: Catalogue, users: int) -> Iterator[Block]:
-    """The blocks of the first `users` users, in order, made by a thread per core: numpy lets go of Python's lock."""
+    """Yields the blocks of the first `users` users, in order, made by a thread per core: numpy lets go of Python's
+    lock."""
     workers = os.cpu_count() or 1
     sizes = [min(law.block_users, users - first) for first in range(0, users, law.block_users)]
     with ThreadPoolExecutor(workers) as pool:

@@ -15,7 +15,8 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?(nan|inf|infin
 
 
 class BadValue(Exception):
-    """The value at `row` (0-based, within the array) is not what its column must hold. row None: the whole column."""
+    """Raised where the value at `row` (0-based, within the array) is not what its column must hold. row None: the
+    whole column."""
 
     def __init__(self, row: Optional[int], message: str):
         super().__init__(message)
@@ -23,12 +24,13 @@ class BadValue(Exception):
 
 
 def looks_like_number(text: Optional[str]) -> bool:
-    """True for numbers, NaN and infinities, spelled in any way: a column that begins so must hold int64."""
+    """Tells whether text is a number, NaN or infinity, spelled in any way: a column that begins so must hold int64."""
     return text is not None and _NUMBER.fullmatch(text.strip()) is not None
 
 
 def to_int64(array: pa.Array, what: str) -> pa.Int64Array:
-    """Non-negative int64 values of an integer or text array; anything else is a BadValue. `what`: "user id", …"""
+    """Converts an integer or text array to non-negative int64 values; anything else is a BadValue. `what`: "user id",
+    …"""
     kind = array.type
     if pa.types.is_integer(kind):
         _refuse_nulls(array, what)
@@ -46,7 +48,7 @@ def to_int64(array: pa.Array, what: str) -> pa.Int64Array:
 
 
 def to_text(array: pa.Array, what: str) -> pa.StringArray:
-    """Non-empty ids as they stand in a text array (or spelled out from an integer one)."""
+    """Converts to non-empty ids as they stand in a text array (or spelled out from an integer one)."""
     if pa.types.is_integer(array.type):
         return to_int64(array, what).cast(pa.string())
     if not is_text(array.type):
@@ -60,7 +62,8 @@ def to_text(array: pa.Array, what: str) -> pa.StringArray:
 
 
 def to_ticks(array: pa.Array, resolution: str, datetimes: bool) -> pa.Int64Array:
-    """Times, int64: integers stay in the source's own ticks, datetimes become ticks of `resolution` since 1970.
+    """Converts times to int64: integers stay in the source's own ticks, datetimes become ticks of `resolution` since
+    1970.
 
     `datetimes` says which of the two the column holds (`is_datetime` of its first block). resolution is "us" or "ns";
     a datetime finer than it is rounded down, one without a zone is taken as UTC.
@@ -84,7 +87,7 @@ def to_ticks(array: pa.Array, resolution: str, datetimes: bool) -> pa.Int64Array
 
 
 def is_datetime(array: pa.Array) -> bool:
-    """Whether `to_ticks` will take the array as datetimes."""
+    """Tells whether `to_ticks` will take the array as datetimes."""
     kind = array.type
     if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
         return True
@@ -92,7 +95,7 @@ def is_datetime(array: pa.Array) -> bool:
 
 
 def to_float(array: pa.Array, what: str, kind: pa.DataType) -> pa.Array:
-    """Floats of type `kind` from numbers or text; empty text and nulls become NaN, other text is a BadValue."""
+    """Converts numbers or text to floats of type `kind`; empty text and nulls become NaN, other text is a BadValue."""
     if is_text(array.type):
         array = _plain_text(array)
         array = pc.if_else(pc.equal(array, ""), pa.scalar("nan"), array)
@@ -108,7 +111,7 @@ def to_float(array: pa.Array, what: str, kind: pa.DataType) -> pa.Array:
 
 
 def extra_kind(array: pa.Array) -> str:
-    """What an extra column holds, by its first block: "int", "float" or "text"."""
+    """Chooses what an extra column holds, by its first block: "int", "float" or "text"."""
     kind = array.type
     if pa.types.is_integer(kind) or pa.types.is_boolean(kind):
         return "int"
@@ -124,7 +127,7 @@ def extra_kind(array: pa.Array) -> str:
 
 
 def to_extra(array: pa.Array, name: str, kind: str) -> pa.Array:
-    """An extra column as int64, float64 or string. Missing: NaN in floats, "" in text, a BadValue in ints."""
+    """Converts an extra column to int64, float64 or string. Missing: NaN in floats, "" in text, a BadValue in ints."""
     if kind == "float":
         return to_float(array, name, pa.float64())
     target = pa.int64() if kind == "int" else pa.string()
@@ -143,6 +146,7 @@ def to_extra(array: pa.Array, name: str, kind: str) -> pa.Array:
 
 
 def is_text(kind: pa.DataType) -> bool:
+    """Tells whether the array holds text."""
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)

@@ -41,7 +41,7 @@ class Sequences:
     extras: Dict[str, pa.Array] = field(default_factory=dict)
 
     def part(self, begin: int, end: int) -> "Sequences":
-        """Users begin … end-1, without copying the events."""
+        """Returns users begin … end-1, without copying the events."""
         first, last = self.offsets[begin], self.offsets[end]
         extras = {name: values.slice(first, last - first) for name, values in self.extras.items()}
         return Sequences(
@@ -55,7 +55,7 @@ class Sequences:
 
 @dataclass
 class Totals:
-    """What the writer saw: the counts of DatasetIdentity. `single_event_users` are kept on disk."""
+    """Counts of what was written, those of DatasetIdentity. `single_event_users` are kept on disk."""
 
     num_users: int = 0
     num_events: int = 0
@@ -65,6 +65,7 @@ class Totals:
     single_event_users: int = 0
 
     def add(self, sequences: Sequences) -> None:
+        """Counts some users."""
         lengths = np.diff(sequences.offsets)
         self.num_users += len(lengths)
         self.num_events += len(sequences.item_ids)
@@ -197,6 +198,7 @@ class SequenceWriter:
 
 
 def part_name(index: int) -> str:
+    """Names the part file of this number."""
     return f"part-{index:05d}.parquet"
 
 

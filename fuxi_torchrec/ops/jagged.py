@@ -28,6 +28,7 @@ class LengthGroup:
 
     @property
     def stop(self) -> int:
+        """Slot behind the group's last."""
         return self.start + self.length * self.users
 
 
@@ -46,6 +47,7 @@ class Slots:
 
     @cached_property
     def groups(self) -> List[LengthGroup]:
+        """Length groups, longest first."""
         rows, groups, user = self.users_B5.tolist(), [], 0
         while user < len(rows):
             groups.append(LengthGroup(*rows[user][:3]))
@@ -54,11 +56,12 @@ class Slots:
 
     @property
     def max_length(self) -> int:
+        """Length of the longest user."""
         return self.groups[0].length if self.groups else 0
 
     def split(self, longest: Optional[int]) -> Tuple[List[Tuple[int, int]], "Slots"]:
-        """The users of the groups that have one of more than `longest` rows, as (first row, length); the other groups,
-        with slots counted from their own first. None: no user is too long."""
+        """Takes out the users of the groups that have one of more than `longest` rows, as (first row, length);
+        returns them and the other groups, with slots counted from their own first. None: no user is too long."""
         rows = self.users_B5.tolist()
         long = [] if longest is None else [row for row in rows if row[1] > longest]
         if not long:
@@ -71,14 +74,14 @@ class Slots:
         return [(row[3], row[4]) for row in long], Slots(short_B5, *moved)
 
     def strips(self) -> Iterator[Tuple[int, List[LengthGroup]]]:
-        """(first row, the groups that reach it) of every strip, groups longest first."""
+        """Yields (first row, the groups that reach it) of every strip, groups longest first."""
         for first in range(0, self.max_length, STRIP_ROWS):
             yield first, [group for group in self.groups if group.length > first]
 
 
 def row_tasks(lengths: Sequence[int], rows: int) -> Tensor:
-    """int64 [tasks, 3] on the host: (user, first row, last row + 1), every user cut into runs of `rows` rows, those whose
-    causal past is longest first."""
+    """Cuts every user into runs of `rows` rows: int64 [tasks, 3] on the host, (user, first row, last row + 1), those
+    whose causal past is longest first."""
     lengths_B = torch.as_tensor(lengths, dtype=torch.int64, device="cpu")
     pieces_B = (lengths_B + rows - 1) // rows
     user_K = torch.arange(len(lengths_B), device="cpu").repeat_interleave(pieces_B)
@@ -89,7 +92,7 @@ def row_tasks(lengths: Sequence[int], rows: int) -> Tensor:
 
 
 class JaggedLayout:
-    """Where the B users of a batch lie in the T jagged rows; made once per batch and shared by every block.
+    """The places of a batch's B users in the T jagged rows; made once per batch and shared by every block.
 
     offsets_B1: int64 [B + 1], user b owns the rows offsets_B1[b]:offsets_B1[b + 1]; max_length and num_tokens are its
     longest user and its T, known on the host. `host_lengths` spares the one copy from the device that the length
@@ -108,7 +111,7 @@ class JaggedLayout:
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[int], device: Optional[torch.device] = None) -> "JaggedLayout":
-        """From the users' lengths on the host."""
+        """Makes the layout from the users' lengths on the host."""
         host = torch.as_tensor(lengths, dtype=torch.int64, device="cpu")
         offsets_B1 = torch.zeros(len(host) + 1, dtype=torch.int64, device="cpu")
         torch.cumsum(host, 0, out=offsets_B1[1:])
@@ -117,14 +120,17 @@ class JaggedLayout:
 
     @property
     def device(self) -> torch.device:
+        """Device of the rows."""
         return self.offsets_B1.device
 
     @property
     def num_users(self) -> int:
+        """Number of users, B."""
         return self.offsets_B1.numel() - 1
 
     @cached_property
     def lengths_B(self) -> Tensor:
+        """int64 [B]: the users' lengths."""
         return self.offsets_B1.diff()
 
     @cached_property
@@ -139,7 +145,7 @@ class JaggedLayout:
         return torch.arange(self.num_tokens, device=self.device) - self.offsets_B1[self.user_T]
 
     def row_tasks(self, rows: int) -> Tensor:
-        """`row_tasks` of the batch."""
+        """Cuts the batch's users into tasks, once for each number of rows: see `row_tasks`."""
         if rows not in self._row_tasks:
             self._row_tasks[rows] = row_tasks(self.host_lengths, rows)
         return self._row_tasks[rows]
@@ -212,7 +218,7 @@ def _runs_of_similar_length(descending: Sequence[int]) -> Iterator[Tuple[int, in
 
 
 def to_padded(values_T: Tensor, layout: JaggedLayout) -> Tensor:
-    """[T, ...] to [B, max_length, ...]; slots past a user's end repeat its last row (any row for an empty user)."""
+    """Pads [T, ...] to [B, max_length, ...]; slots past a user's end repeat its last row (any row for an empty user)."""
     position_N = torch.arange(layout.max_length, device=layout.device)
     last_B = (layout.lengths_B - 1).clamp(min=0)
     token_BN = layout.offsets_B1[:-1, None] + torch.minimum(position_N, last_B[:, None])
@@ -222,7 +228,7 @@ def to_padded(values_T: Tensor, layout: JaggedLayout) -> Tensor:
 
 
 def from_padded(padded_BN: Tensor, layout: JaggedLayout) -> Tensor:
-    """[B, max_length, ...] to [T, ...]; padding is dropped."""
+    """Takes [T, ...] out of [B, max_length, ...]; padding is dropped."""
     return padded_BN[layout.user_T, layout.position_T]
 
 
@@ -249,16 +255,16 @@ class _FromSlots(torch.autograd.Function):
 
 
 def slots_with_zero_padding(values_T: Tensor, layout: JaggedLayout) -> Tensor:
-    """[T, ...] to [P, ...], zero past a user's end."""
+    """Lays [T, ...] out as [P, ...], zero past a user's end."""
     return values_T.index_select(0, layout.token_P).index_fill_(0, layout.padding_slots, 0)
 
 
 def to_slots(values_T: Tensor, layout: JaggedLayout) -> Tensor:
-    """[T, ...] to [P, ...] in length groups. What is computed *from* padding must not reach a real row's result:
-    the gradient that comes back to a padded slot is dropped."""
+    """Lays [T, ...] out as [P, ...] in length groups. What is computed *from* padding must not reach a real row's
+    result: the gradient that comes back to a padded slot is dropped."""
     return _ToSlots.apply(values_T, layout)
 
 
 def from_slots(values_P: Tensor, layout: JaggedLayout) -> Tensor:
-    """[P, ...] to [T, ...]; padding is dropped and gets a zero gradient."""
+    """Takes [T, ...] out of [P, ...]; padding is dropped and gets a zero gradient."""
     return _FromSlots.apply(values_P, layout)

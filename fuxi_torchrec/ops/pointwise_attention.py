@@ -71,7 +71,7 @@ def silu_attention_reference(
     bucket_weights: Optional[Tensor] = None,
     gaps: Optional[TimeGaps] = None,
 ) -> Tensor:
-    """The same, padded and with whole maps."""
+    """Computes silu_attention padded and with whole maps, for tests."""
     q_BHNq, k_BHNq, v_BHNd = (to_padded(x, layout).transpose(1, 2) for x in (queries_THq, keys_THq, values_THd))
     scores_BHNN = q_BHNq @ k_BHNq.mT
     position_N = torch.arange(layout.max_length, device=layout.device)

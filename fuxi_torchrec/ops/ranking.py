@@ -23,12 +23,13 @@ TableParts = Sequence[Tuple[int, Tensor]]  # (first row, rows [·, D])
 
 
 class Seen(NamedTuple):
-    """(query, item) pairs that are left out of a query's ranking; duplicates are harmless."""
+    """Pairs of (query, item) that are left out of a query's ranking; duplicates are harmless."""
 
     query_S: Tensor  # int64
     item_S: Tensor  # int64
 
     def of_block(self, start: int, stop: int) -> "Seen":
+        """Picks the pairs of the queries [start, stop), which are counted from there."""
         inside = (self.query_S >= start) & (self.query_S < stop)
         return Seen(self.query_S[inside] - start, self.item_S[inside])
 
@@ -39,15 +40,17 @@ class Seen(NamedTuple):
 
 
 class Ranking(NamedTuple):
-    """rank_Q float64: 1 + items that score higher + half of those that tie. log_prob_Q float64: the target's log
-    probability under a softmax over the whole catalogue (nothing hidden) at the given temperature."""
+    """Ranks of some queries' targets. rank_Q float64: 1 + items that score higher + half of those that tie.
+    log_prob_Q float64: the target's log probability under a softmax over the whole catalogue (nothing hidden) at the
+    given temperature."""
 
     rank_Q: Tensor
     log_prob_Q: Tensor
 
 
 class QueryBlock(NamedTuple):
-    """Up to QUERY_BLOCK queries, padded to as many: the unit that is scored, and sent where a table is sharded."""
+    """A block of up to QUERY_BLOCK queries, padded to as many: the unit that is scored, and sent where a table is
+    sharded."""
 
     query_qD: Tensor  # float32
     target_q: Tensor  # int64
@@ -58,22 +61,25 @@ class QueryBlock(NamedTuple):
 class Others(Protocol):
     """The holders of the table's other parts, who score the same block at the same time."""
 
-    def sum(self, values: Tensor) -> Tensor: ...
+    def sum(self, values: Tensor) -> Tensor:
+        """Adds up the holders' values, in place."""
 
-    def max(self, values: Tensor) -> Tensor: ...
+    def max(self, values: Tensor) -> Tensor:
+        """Takes the maximum of the holders' values, in place."""
 
 
 class Nobody:
-    """One process holds the whole table."""
+    """The other holders where one process holds the whole table: none."""
 
     def sum(self, values: Tensor) -> Tensor:
+        """Returns the values: there are no others."""
         return values
 
     max = sum
 
 
 class NonFiniteScore(ArithmeticError):
-    """A score was NaN or infinite. `query` is the index of the first such query."""
+    """Raised where a score was NaN or infinite. `query` is the index of the first such query."""
 
     def __init__(self, query: int):
         super().__init__(f"non-finite score for query {query}")
@@ -106,7 +112,7 @@ def rank_targets(
 
 
 def query_blocks(queries_QD: Tensor, target_Q: Tensor, seen: Seen) -> Iterator[Tuple[int, QueryBlock]]:
-    """(first query, block) over all queries; targets are taken out of what is seen."""
+    """Yields (first query, block) over all queries; targets are taken out of what is seen."""
     seen = _without_targets(seen, target_Q)
     for start in range(0, len(queries_QD), QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, len(queries_QD))
@@ -117,8 +123,8 @@ def query_blocks(queries_QD: Tensor, target_Q: Tensor, seen: Seen) -> Iterator[T
 def rank_block(
     block: QueryBlock, table: TableParts, temperature: float, normalize_eps: float = 0.0, others: Others = Nobody()
 ) -> Ranking:
-    """rank_targets for one block, [count] each. With `others` the table's parts lie on several processes, all of which
-    call this with the same block, and all of which get the result or raise NonFiniteScore."""
+    """Ranks the targets of one block, [count] each. With `others` the table's parts lie on several processes, all of
+    which call this with the same block, and all of which get the result or raise NonFiniteScore."""
     scored = _ScoredBlocks(block.query_qD, table, normalize_eps)
     own_q, log_total_q, broken_q = _target_scores(scored, block, temperature)
     broken_q = others.max(broken_q.int())
@@ -134,6 +140,7 @@ def rank_block(
 
 
 def joined(parts: Sequence[Ranking], device: torch.device) -> Ranking:
+    """Joins the rankings of several blocks."""
     empty = torch.zeros(0, dtype=torch.float64, device=device)
     return Ranking(torch.cat([empty, *(p.rank_Q for p in parts)]), torch.cat([empty, *(p.log_prob_Q for p in parts)]))
 
@@ -141,8 +148,8 @@ def joined(parts: Sequence[Ranking], device: torch.device) -> Ranking:
 def top_items(
     queries_QD: Tensor, table: TableParts, seen: Seen, k: int, normalize_eps: float = 0.0
 ) -> Tuple[Tensor, Tensor]:
-    """The k best items of each query, best first: scores [Q, k] float32 (−inf where fewer than k items are left) and
-    int64 ids [Q, k]."""
+    """Finds the k best items of each query, best first: scores [Q, k] float32 (−inf where fewer than k items are
+    left) and int64 ids [Q, k]."""
     scores, ids = [], []
     for start in range(0, len(queries_QD), QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, len(queries_QD))
@@ -159,7 +166,8 @@ def top_items(
 
 
 def merge_top(scores: Sequence[Tensor], items: Sequence[Tensor], k: int) -> Tuple[Tensor, Tensor]:
-    """The k best, best first, of several lists of scores [Q, ·] and their item ids; of equals, those of the first list."""
+    """Merges several lists of scores [Q, ·] and their item ids to the k best, best first; of equals, those of the
+    first list."""
     best_qk, order = torch.sort(torch.cat(list(scores), 1), dim=1, descending=True, stable=True)
     return best_qk[:, :k], torch.cat(list(items), 1).gather(1, order[:, :k])
 

@@ -60,15 +60,15 @@ _forked = False
 
 
 def usable(*tensors: Tensor) -> bool:
-    """Whether the kernels can run on these tensors' memory, here and now: nothing is being traced or compiled."""
+    """Tells whether the kernels can run on these tensors' memory, here and now: nothing is being traced or compiled."""
     if torch.compiler.is_compiling() or any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors):
         return False  # a fake tensor has no memory to point at
     return takes(*tensors)
 
 
 def takes(*tensors: Tensor) -> bool:
-    """Whether the kernels exist here and are for such tensors: float32 on a CPU. While something is compiled: whether they
-    have been found before, since torch.compile cannot follow the search."""
+    """Tells whether the kernels exist here and are for such tensors: float32 on a CPU. While something is compiled:
+    whether they have been found before, since torch.compile cannot follow the search."""
     if not all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors):
         return False
     return _found if torch.compiler.is_compiling() else library() is not None
@@ -124,7 +124,7 @@ def _function(name: str) -> Callable[..., int]:
 
 @functools.cache
 def library() -> Optional[ctypes.CDLL]:
-    """The compiled kernels, or None: switched off, no compiler, or it failed (said once, as a warning)."""
+    """Returns the compiled kernels, or None: switched off, no compiler, or it failed (reported once, as a warning)."""
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
     if os.environ.get(SWITCH) == "0" or platform.system() != "Linux":
         return None

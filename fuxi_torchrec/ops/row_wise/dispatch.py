@@ -27,7 +27,7 @@ _LEVELS = 2**16
 
 
 def wide(x: Tensor) -> Tensor:
-    """x in float32 where it is in half precision."""
+    """Converts half precision to float32; other types stay as they are."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
@@ -38,7 +38,8 @@ def _row_chunks(x_TW: Tensor) -> List[slice]:
 
 
 class DropoutMask:
-    """Which elements of a tensor stay: each with probability 1 - p, and then times `factor` = 1 / (1 - p).
+    """A dropout mask: which elements of a tensor stay, each with probability 1 - p, and then times `factor` = 1 / (1
+    - p).
 
     Drawn from torch's generator of the device. On a CPU p is rounded to a multiple of 2**-16 and the factor with it;
     what is kept is 16 random bits an element, turned into zeros and ones chunk by chunk.
@@ -140,7 +141,7 @@ def _rms_norm_backward(out: Tensor, grad: Tensor, x: Tensor, inverse: Tensor, fa
 
 
 def rms_norm(x_TW: Tensor, dropout_p: float = 0.0, training: bool = False, eps: float = 1e-6) -> Tensor:
-    """RMSNorm without a weight over the last axis, then dropout; [T, W]."""
+    """Normalises by RMSNorm without a weight over the last axis, then drops out; [T, W]."""
     p, x_TW = dropout_p if training else 0.0, wide(x_TW)
     if torch.compiler.is_compiling():
         return F.dropout(F.rms_norm(x_TW, x_TW.shape[-1:], eps=eps), p)
@@ -180,7 +181,7 @@ class _GatedRMSNorm(torch.autograd.Function):
 def gated_rms_norm(
     gate_TW: Tensor, x_TW: Tensor, dropout_p: float = 0.0, training: bool = False, eps: float = 1e-6
 ) -> Tensor:
-    """dropout(gate ⊙ RMSNorm(x)), no weight; [T, W].
+    """Computes dropout(gate ⊙ RMSNorm(x)), no weight; [T, W].
 
     Raises:
         ValueError: a gate of another shape.
@@ -222,7 +223,7 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def swiglu(x_TW: Tensor) -> Tensor:
-    """SiLU(first half) ⊙ second half of the last axis; [T, 2 F] to [T, F].
+    """Computes SiLU(first half) ⊙ second half of the last axis; [T, 2 F] to [T, F].
 
     Raises:
         ValueError: an odd number of columns.
@@ -258,7 +259,7 @@ class _SiLUSplit(torch.autograd.Function):
 
 
 def silu_split(x_TW: Tensor, sizes: Sequence[int]) -> Tuple[Tensor, ...]:
-    """SiLU(x), cut along the last axis."""
+    """Computes SiLU(x), cut along the last axis."""
     if torch.compiler.is_compiling():
         return F.silu(x_TW).split(sizes, dim=1)
     return (native_rows.SiLUSplit if native.usable(x_TW) else _SiLUSplit).apply(x_TW, sizes)
@@ -273,13 +274,13 @@ def add_positions(x_TW: Tensor, table_NW: Tensor, position_T: Tensor, dropout_p:
 
 
 def layer_norm(x: Tensor, eps: float) -> Tensor:
-    """LayerNorm without weight and bias over the last axis."""
+    """Normalises by LayerNorm without weight and bias over the last axis."""
     x = wide(x)
     return F.layer_norm(x, x.shape[-1:], eps=eps)
 
 
 def l2_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """x / max(‖x‖₂, eps) over the last dimension, in float32 at least."""
+    """Computes x / max(‖x‖₂, eps) over the last dimension, in float32 at least."""
     x = x if x.dtype == torch.float64 else x.float()
     if torch.compiler.is_compiling():
         return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=eps)

@@ -16,7 +16,8 @@ _LEVELS = 2**32
 
 
 class Mask(NamedTuple):
-    """Elements whose 32 random bits are below threshold = p * 2**32 are dropped, the others times factor."""
+    """A dropout mask: elements whose 32 random bits are below threshold = p * 2**32 are dropped, the others times
+    factor."""
 
     threshold: int
     factor: float
@@ -24,6 +25,7 @@ class Mask(NamedTuple):
 
 
 def draw_mask(p: float) -> Mask:
+    """Draws the seed of a mask from torch's generator; p 0 draws nothing."""
     if p == 0:
         return Mask(0, 1.0, 0)
     threshold = min(_LEVELS - 1, round(p * _LEVELS))
@@ -31,6 +33,8 @@ def draw_mask(p: float) -> Mask:
 
 
 class Dropout(torch.autograd.Function):
+    """dropout(x), [T, W] float32."""
+
     @staticmethod
     def forward(ctx: Any, x_TW: Tensor, p: float) -> Tensor:
         ctx.mask = draw_mask(p)
@@ -50,7 +54,7 @@ def _dropped(x_TW: Tensor, mask: Mask) -> Tensor:
 
 
 class InputStep(torch.autograd.Function):
-    """dropout(scale * x + table[position])."""
+    """dropout(scale * x + table[position]), [T, W] float32."""
 
     @staticmethod
     def forward(ctx: Any, x_TW: Tensor, table_NW: Tensor, position_T: Tensor, scale: float, p: float) -> Tensor:
@@ -73,7 +77,7 @@ class InputStep(torch.autograd.Function):
 
 
 class RMSNorm(torch.autograd.Function):
-    """dropout(gate * x * rsqrt(mean(x²) + eps)); gate None is all ones."""
+    """dropout(gate * x * rsqrt(mean(x²) + eps)), [T, W] float32; gate None is all ones."""
 
     @staticmethod
     def forward(ctx: Any, gate_TW: Optional[Tensor], x_TW: Tensor, p: float, eps: float) -> Tensor:
@@ -122,6 +126,8 @@ class SiLUSplit(torch.autograd.Function):
 
 
 class SwiGLU(torch.autograd.Function):
+    """SiLU(first half) * second half of the columns, [T, 2 F] to [T, F] float32."""
+
     @staticmethod
     def forward(ctx: Any, x_TW: Tensor) -> Tensor:
         x_TW = x_TW.contiguous()
@@ -140,6 +146,8 @@ class SwiGLU(torch.autograd.Function):
 
 
 class L2Normalize(torch.autograd.Function):
+    """x / max(‖x‖₂, eps) of every row, [T, W] float32."""
+
     @staticmethod
     def forward(ctx: Any, x_TW: Tensor, eps: float) -> Tensor:
         x_TW = x_TW.contiguous()

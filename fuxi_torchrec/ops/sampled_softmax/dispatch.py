@@ -40,7 +40,7 @@ def per_token_sampled_softmax(
     chunk_logits: int = CHUNK_LOGITS,
     implementation: Implementation = "auto",
 ) -> Tensor:
-    """Sampled softmax with K negatives drawn for every token, looked up once per unique id.
+    """Computes the sampled softmax with K negatives drawn for every token, looked up once per unique id.
 
     Args:
         outputs_TD: L2-normalised outputs.
@@ -92,7 +92,8 @@ def shared_sampled_softmax(
     chunk_logits: int = CHUNK_LOGITS,
     implementation: Implementation = "auto",
 ) -> Tensor:
-    """Sampled softmax with one pool of negatives for all tokens: the logits of a chunk are one matrix product.
+    """Computes the sampled softmax with one pool of negatives for all tokens: the logits of a chunk are one matrix
+    product.
 
     Args:
         outputs_TD, positives_TD, pool_PD: L2-normalised outputs, positives' embeddings, and the pool's.

@@ -14,7 +14,8 @@ _LANES = 16
 
 
 class PerToken(torch.autograd.Function):
-    """All gradients are made in forward, chunk by chunk of tokens; the loss is a scalar, so backward only scales them."""
+    """The per-token loss. All gradients are made in forward, chunk by chunk of tokens; the loss is a scalar, so
+    backward only scales them."""
 
     @staticmethod
     def forward(

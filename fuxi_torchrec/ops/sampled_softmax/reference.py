@@ -16,7 +16,8 @@ def sampled_softmax_reference(
     temperature: float,
     bias_TK: Optional[Tensor] = None,
 ) -> Tensor:
-    """The plain spelling, for tests: sum over tokens of −log( e^{s⁺} / (e^{s⁺} + Σ e^{s⁻ + bias}) ).
+    """Computes the loss in the plain spelling, for tests: sum over tokens of −log( e^{s⁺} / (e^{s⁺} + Σ e^{s⁻ +
+    bias}) ).
 
     Args:
         outputs_TD, positives_TD: L2-normalised outputs and embeddings of their positives.

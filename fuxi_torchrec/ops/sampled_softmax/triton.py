@@ -37,7 +37,7 @@ PIECE = 512
 
 
 def can_run(loss: str, outputs_TD: Tensor) -> bool:
-    """Whether the kernels of a loss of WIDEST can run on this device and at this width."""
+    """Tells whether the kernels of a loss of WIDEST can run on this device and at this width."""
     return outputs_TD.is_cuda and outputs_TD.shape[1] <= WIDEST[loss] and IS_INSTALLED
 
 
@@ -51,7 +51,7 @@ def triton_shared_softmax(
     bias_P: Optional[Tensor] = None,
     mask: Optional[CandidateMask] = None,
 ) -> Tensor:
-    """`sampled_softmax.shared_sampled_softmax` by the kernels of this module; D at most WIDEST.
+    """Computes `sampled_softmax.shared_sampled_softmax` by the kernels of this module; D at most WIDEST.
 
     A mask is asked for, and used, one chunk of tokens at a time; without one there is a single chunk.
 
@@ -82,7 +82,7 @@ def triton_per_token_softmax(
     temperature: float,
     bias_U: Optional[Tensor] = None,
 ) -> Tensor:
-    """`sampled_softmax.per_token_sampled_softmax` by the kernels of this module; D at most WIDEST.
+    """Computes `sampled_softmax.per_token_sampled_softmax` by the kernels of this module; D at most WIDEST.
 
     Raises:
         RuntimeError: triton is missing, or the tensors are not on a GPU (and the interpreter is off).
@@ -104,7 +104,8 @@ def _check_width(loss: str, outputs_TD: Tensor) -> None:
 
 
 def tiles(kernel: str, width: int, interpreting: bool) -> List[Tiles]:
-    """Tile sizes that are tried for a kernel at BLOCK_D = width; few registers or none are spilled (docs/triton.md)."""
+    """Lists the tile sizes that are tried for a kernel at BLOCK_D = width; few registers or none are spilled
+    (docs/triton.md)."""
     if kernel.startswith("shared"):
         if interpreting:
             return [({"BLOCK_T": 16, "BLOCK_P": 16}, 1, 1)]
