@@ -78,6 +78,7 @@ def measure(world: World, folder: str, items: int, rounds: int) -> Dict[str, obj
 
 
 def timed(work: Callable[[], Optional[object]]) -> float:
+    """Runs the work; returns its seconds."""
     dist.barrier()
     start = time.perf_counter()
     work()
@@ -94,6 +95,7 @@ def drop_from_cache(folder: str) -> None:
 
 
 def main() -> None:
+    """Runs the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--items", type=int, default=10**7)
     parser.add_argument("--processes", type=int, default=2)

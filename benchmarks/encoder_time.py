@@ -142,6 +142,7 @@ def peak_megabytes(step: Step) -> float:
 
 
 def report(rows: Sequence[str], ms: Dict[str, float], options: argparse.Namespace) -> Iterator[Dict[str, object]]:
+    """Yields the lines of the table, by row: times and what they are to each other."""
     short, long = options.short, options.long
 
     def line(row: str, slow: str, fast: str, reach: object) -> Dict[str, object]:
@@ -171,6 +172,7 @@ def report(rows: Sequence[str], ms: Dict[str, float], options: argparse.Namespac
 
 
 def main() -> None:
+    """Runs the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}; all by default")
     parser.add_argument("--repeats", type=int, default=5)

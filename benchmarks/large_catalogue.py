@@ -77,6 +77,7 @@ class RankUsers:
         )
 
     def read(self, group: RowGroup, log_probs: bool = False) -> UserRows:
+        """Returns the users of a rank."""
         return self.parts[group.index]
 
 
@@ -107,6 +108,7 @@ class ShardedStep:
 
 
 def sharded_config(users: int, negatives: int) -> Config:
+    """Makes the config of a run with a sharded table."""
     return Config(
         data=DataConfig(max_sequence_length=LONGEST, batch_size=users),
         model=ModelConfig(embedding_dim=WIDTH, value_dim=WIDTH),
@@ -140,6 +142,7 @@ def step_times(world: World, options: argparse.Namespace) -> List[List[List[floa
 
 
 def memory(world: World, num_items: int, options: argparse.Namespace) -> Dict[str, float]:
+    """Measures the memory that a rank takes, in bytes, by what takes it."""
     before = memory_now()["VmRSS"]
     with ExitStack() as stack:
         step = ShardedStep(num_items, options, world, stack)
@@ -234,6 +237,7 @@ def time_table(items: Sequence[int], ranks: Sequence[List[List[List[float]]]]) -
 
 
 def memory_line(num_items: int, ranks: Sequence[Dict[str, float]]) -> str:
+    """Writes the memory table's line of one catalogue."""
     table, state, beyond = (sum(rank[name] for rank in ranks) / GB for name in ("table", "state", "beyond"))
     each, made, imported, ranking = (
         ", ".join(f"{rank[name] / GB:.2f}" for rank in ranks) for name in ("beyond", "made", "imported", "ranking")
@@ -244,6 +248,7 @@ def memory_line(num_items: int, ranks: Sequence[Dict[str, float]]) -> str:
 
 
 def main() -> None:
+    """Runs the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--items", type=int, nargs="+", default=[10**4, 10**5, 10**6, 10**7])
     parser.add_argument("--processes", type=int, default=2)

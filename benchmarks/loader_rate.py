@@ -54,6 +54,7 @@ def write_dataset(folder: str, users: int, seed: int = 0) -> None:
 
 
 def base_config(folder: str, shuffle_buffer: int) -> Config:
+    """Makes the config whose loader is timed."""
     return Config(
         data=DataConfig(path=folder, max_sequence_length=LONGEST, batch_size=BASE.users, shuffle_buffer=shuffle_buffer),
         model=ModelConfig(embedding_dim=BASE.embedding_dim, num_blocks=BASE.blocks, value_dim=BASE.value_dim),
@@ -105,6 +106,7 @@ def training_rate(folder: str, shuffle_buffer: int, steps: int) -> Dict:
 
 
 def main() -> None:
+    """Runs the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shuffle-buffer", type=int, default=16384, help="users")
     parser.add_argument("--times", type=int, nargs="+", default=[1, 2, 10], help="shuffle buffers in a data set")

@@ -22,6 +22,7 @@ from fuxi_torchrec.run.folder import RunFolder
 
 
 def metrics(path: str, checkpoint: str, implementation: str) -> Dict[str, float]:
+    """Evaluates a run's checkpoint with one implementation of token mixing."""
     run = RunFolder.open(path)
     config = run.config()
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, token_mixing=implementation))
@@ -30,6 +31,7 @@ def metrics(path: str, checkpoint: str, implementation: str) -> Dict[str, float]
 
 
 def main() -> None:
+    """Runs the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run")
     parser.add_argument("--checkpoint", default="best")

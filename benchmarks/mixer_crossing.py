@@ -20,6 +20,7 @@ IMPLEMENTATIONS = ("native", "linear", "blocked")
 
 
 def compare(tokens: int, width: int, length: int, rounds: int) -> dict:
+    """Times the implementations in turns at one length; returns their medians."""
     torch.manual_seed(0)
     layout = JaggedLayout.from_lengths([length] * max(1, tokens // length))
     times_T = torch.randint(0, 5000, (layout.num_tokens,)).cumsum(0)
@@ -41,6 +42,7 @@ def compare(tokens: int, width: int, length: int, rounds: int) -> dict:
 
 
 def main() -> None:
+    """Runs the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 256])

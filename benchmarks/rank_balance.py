@@ -31,6 +31,7 @@ def positions_of_steps(folder: str, config: DataConfig, ranks: int, epoch: int) 
 
 
 def main() -> None:
+    """Runs the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", metavar="DATA_DIR")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8])

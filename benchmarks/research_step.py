@@ -50,6 +50,7 @@ class PaddedUsers:
 
     @property
     def tokens(self) -> int:
+        """Number of input tokens."""
         return int(self.lengths_B.sum())
 
 
@@ -80,6 +81,7 @@ class ResearchStep:
         self.optimizer = torch.optim.AdamW(modules.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0)
 
     def step(self) -> float:
+        """Trains on all users once; returns the loss."""
         self.optimizer.zero_grad()
         loss = self._loss(self._outputs())
         loss.backward()

@@ -92,6 +92,7 @@ def _line(name: str, megabytes: float, gigaflops: float, here: float, measured: 
 
 
 def main() -> None:
+    """Runs the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", help="bench.json, of one process")
     parser.add_argument("--gb-s", type=float, default=None, help="memory bandwidth here, 10^9 bytes/s; default: measured")

@@ -19,6 +19,7 @@ CONFIG = os.path.join("configs", "smoke", "fuxi-beta.yaml")
 
 
 def main() -> None:
+    """Prepares, trains, evaluates and recommends; ends the program where a command fails."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", default=os.path.join("runs", "smoke"), help="what is made goes here; emptied first")
     folder = parser.parse_args().folder

@@ -63,6 +63,7 @@ class OwnStep:
         self.cursor = StreamCursor()
 
     def step(self) -> float:
+        """Trains on all users once; returns the loss."""
         (batch,) = self.trainer.stream.epoch(self.cursor)
         self.trainer.step(batch)
         loss = self.trainer.record.loss
@@ -71,6 +72,7 @@ class OwnStep:
 
 
 def compare(shape: Shape, steps: int, seed: int) -> Dict[str, object]:
+    """Times both programs' steps in turns on the same users; returns medians and their ratio."""
     users, load = draw_users(shape, seed), os.getloadavg()[0]
     with ExitStack() as stack:
         contenders = {"research": ResearchStep(shape, users, seed), "ours": OwnStep(shape, users, seed, stack)}
@@ -100,12 +102,14 @@ def compare(shape: Shape, steps: int, seed: int) -> Dict[str, object]:
 
 
 def clock(work: Callable[[], object]) -> float:
+    """Runs the work; returns its seconds."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
 def main() -> None:
+    """Runs the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shapes", nargs="*", metavar="SHAPE", help=f"of {', '.join(SHAPES)}; all by default")
     parser.add_argument("--steps", type=int, default=5)

@@ -21,6 +21,7 @@ from fuxi_torchrec.run.folder import RunFolder  # noqa: E402
 
 
 def main() -> None:
+    """Runs the program from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", metavar="RUN_DIR", help="a run of an encoder with a channel `temporal`")
     parser.add_argument("--output", default="time-functions.svg", help="PNG, SVG or PDF, by its ending")

@@ -20,6 +20,7 @@ MODELS = {"positions and time": "[positional,temporal]", "positions only": "[pos
 
 
 def main() -> None:
+    """Runs the study from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", default=os.path.join("runs", "time-matters"), help="emptied first")
     parser.add_argument("--epochs", type=int, default=12)

@@ -52,6 +52,7 @@ def mixing(lengths, heads, value_dim, dtype, form, device):
 
 
 def losses(kind, tokens, width, device, pool=2048, negatives=128, unique=3706):
+    """Makes a step of a sampled softmax on random data, by its implementation."""
     torch.manual_seed(0)
     rows = tokens, tokens, pool if kind == "shared" else unique
     inputs = [l2_normalize(torch.randn(n, width)).to(device).requires_grad_() for n in rows]
@@ -92,6 +93,7 @@ def _wait(device):
 
 
 def main():
+    """Runs the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[128, 512, 2048, 8192])
     parser.add_argument("--tokens", type=int, default=16384)

@@ -203,10 +203,12 @@ class GuardedStream:
         self._stream, self._guard = stream, guard
 
     def write(self, data: Any) -> int:
+        """Writes bytes; returns their number. Raises UserError."""
         with self._guard():
             return self._stream.write(data)
 
     def close(self) -> None:
+        """Closes the stream, which may still write. Raises UserError."""
         with self._guard():
             self._stream.close()
 

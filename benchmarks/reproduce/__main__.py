@@ -147,6 +147,7 @@ def _floor(options: argparse.Namespace, folder: str) -> Dict[str, Any]:
 
 
 def parse(arguments: Optional[List[str]] = None) -> argparse.Namespace:
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", choices=list(DATA_SETS))
     parser.add_argument("--models", nargs="+", help="names of configs; default: all")

@@ -139,6 +139,7 @@ def _ranks(scores_BV: np.ndarray, history_BV: sparse.csr_array, target_B: np.nda
 
 
 def main() -> int:
+    """Computes the baselines from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", help="folder of a prepared data set")
     parser.add_argument("--split", default="leave_one_out", choices=("leave_one_out", "leave_two_out"))

@@ -66,6 +66,7 @@ class Record:
         return max((line["epoch"] for line in self.lines if "split" in line and "checkpoint" not in line), default=0)
 
     def write(self, folder: str) -> None:
+        """Writes the record into the folder, as JSON."""
         os.makedirs(folder, exist_ok=True)
         facts = asdict(self)
         lines = facts.pop("lines")

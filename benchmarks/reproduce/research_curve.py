@@ -24,6 +24,7 @@ def curve(path: str) -> Dict[int, float]:
 
 
 def main() -> None:
+    """Runs the program from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", help="run folders")
     runs = parser.parse_args().runs

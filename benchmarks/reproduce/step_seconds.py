@@ -56,6 +56,7 @@ def measure(configs: Dict[str, str], dataset: SequenceDataset, steps: int) -> Di
 
 
 def main() -> None:
+    """Measures the steps from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="folder of a prepared data set")
     parser.add_argument("configs", nargs="+", metavar="CONFIG.yaml")

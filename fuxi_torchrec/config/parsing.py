@@ -39,13 +39,14 @@ class OneLineParser(ArgumentParser):
             return self.parse_string(file.read(), os.path.basename(path), *args, **kwargs)
 
     def error(self, message: str, ex: Optional[Exception] = None) -> NoReturn:
+        """Ends the program by one line and exit code 2."""
         line = " ".join(part.strip() for part in str(message).splitlines() if part.strip())
         sys.stderr.write(f"error: {line} (see {self.prog} --help)\n")
         raise SystemExit(2)
 
 
 def add_config_arguments(parser: OneLineParser) -> None:
-    """`--config FILE` (any number, later ones win) and one dotted option for every key of Config."""
+    """Adds `--config FILE` (any number, later ones win) and one dotted option for every key of Config."""
     parser.add_argument("--config", action="config", help="YAML file; options after it override it.")
     parser.add_class_arguments(Config)
 
@@ -63,7 +64,8 @@ def check_file(path: str) -> None:
 
 
 def check_keys(path: str, values: Any) -> None:
-    """Raises UserError, naming `path`, for a key of the nested `values` that no config has."""
+    """Checks that a config has every key of the nested `values`. Raises UserError, naming `path`, for one that none
+    has."""
     _check_keys(path, values, _known_keys(), prefix="")
 
 

@@ -280,6 +280,7 @@ class Config:
         return self.model.padded_length or self.data.max_sequence_length + 11
 
     def to_dict(self) -> Dict[str, Any]:
+        """Returns the config as plain values, {section: {key: value}}."""
         return dataclasses.asdict(self)
 
 
@@ -293,7 +294,7 @@ def config_keys() -> Dict[str, dataclasses.Field]:
 
 
 def evaluation_splits(data: DataConfig) -> Tuple[str, ...]:
-    """The splits that can be evaluated: ("test",) or ("validation", "test")."""
+    """Names the splits that can be evaluated: ("test",) or ("validation", "test")."""
     if data.split == "leave_one_out" or (data.split == "temporal" and len(data.temporal_cutoffs or []) < 2):
         return ("test",)
     return ("validation", "test")

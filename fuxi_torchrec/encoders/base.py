@@ -16,7 +16,8 @@ from fuxi_torchrec.ops.row_wise.dispatch import add_positions
 
 
 class SequenceEncoder(nn.Module):
-    """Jagged item embeddings and times in, one output per row. Knows nothing of tables, losses, files or ranks.
+    """An encoder: jagged item embeddings and times in, one output per row. It knows nothing of tables, losses, files
+    or ranks.
 
     Subclasses fill `blocks` and say in `batch_context` what the blocks of one forward share. What in a block depends on
     where the users lie is its method `mix` (or `mix_channels`); the rest is row by row, and a compiler sees that alone.
@@ -44,15 +45,16 @@ class SequenceEncoder(nn.Module):
             block.reset_parameters()
 
     def reset_positions(self) -> None:
-        """Xavier normal: the research code of HSTU and the FuXi encoders overwrites the input step's own draw by it."""
+        """Draws the position table by Xavier normal: the research code of HSTU and the FuXi encoders overwrites the
+        input step's own draw by it."""
         nn.init.xavier_normal_(self.position_embedding_ND)
 
     def batch_context(self, timestamps_T: Tensor, next_timestamps_T: Tensor, layout: JaggedLayout) -> Any:
-        """Whatever the blocks share, made once per forward."""
+        """Makes what the blocks share, once per forward; its type is the encoder's own."""
         raise NotImplementedError
 
     def check_fits(self, layout: JaggedLayout) -> None:
-        """UserError for a sequence that is longer than the position table."""
+        """Checks that every sequence fits into the position table. Raises UserError for a longer one."""
         if layout.max_length > self.padded_length:
             raise UserError(
                 f"a sequence of {layout.max_length} events does not fit into model.padded_length = "
@@ -60,7 +62,7 @@ class SequenceEncoder(nn.Module):
             )
 
     def input_step(self, embeddings_TD: Tensor, position_T: Tensor) -> Tensor:
-        """Scaled embeddings plus the position table's rows, [T, D]."""
+        """Adds the position table's rows to the scaled embeddings, [T, D]."""
         return add_positions(
             embeddings_TD, self.position_embedding_ND, position_T, self.input_dropout, self.training
         )
@@ -104,6 +106,6 @@ class SequenceEncoder(nn.Module):
 
 
 def reset_linear_bias(bias: Tensor, fan_in: int) -> None:
-    """PyTorch's default for a linear layer's bias."""
+    """Draws a bias as PyTorch's linear layer does."""
     bound = 1 / math.sqrt(fan_in) if fan_in else 0.0
     nn.init.uniform_(bias, -bound, bound)

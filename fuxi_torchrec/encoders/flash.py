@@ -41,6 +41,7 @@ class FLASHBlock(nn.Module):
         self.output_bias = nn.Parameter(torch.empty(D))
 
     def reset_parameters(self) -> None:
+        """Draws every parameter anew."""
         nn.init.ones_(self.norm_weight)
         nn.init.zeros_(self.norm_bias)
         nn.init.xavier_uniform_(self.input_weight)
@@ -52,6 +53,7 @@ class FLASHBlock(nn.Module):
         self.positional.reset_parameters()
 
     def forward(self, x_TD: Tensor, layout: JaggedLayout) -> Tensor:
+        """Computes the block on the rows of all users, [T, D]."""
         normed_TD = layer_norm(x_TD, EPS) * self.norm_weight + self.norm_bias
         E = self.value_width
         u, v, z = silu_split(F.linear(normed_TD, self.input_weight, self.input_bias), (E, E, self.qk_dim))
@@ -76,4 +78,5 @@ class FLASHEncoder(SequenceEncoder):
         self.reset_parameters()
 
     def batch_context(self, timestamps_T: Tensor, next_timestamps_T: Tensor, layout: JaggedLayout) -> JaggedLayout:
+        """Returns the layout: times are not used."""
         return layout

@@ -121,13 +121,13 @@ class FuXiEncoder(MixingEncoder):
 
     @property
     def value_width(self) -> int:
-        """H * d."""
+        """Width of a block's values, H * d."""
         return self.blocks[0].num_heads * self.blocks[0].value_dim
 
     def block_values(
         self, embeddings_TD: Tensor, timestamps_T: Tensor, next_timestamps_T: Tensor, layout: JaggedLayout
     ) -> Tensor:
-        """v of every block, [T, L, H * d]; arguments as of `forward`."""
+        """Computes v of every block, [T, L, H * d]; arguments as of `forward`."""
         self.check_fits(layout)
         x_TD = self.input_step(embeddings_TD, layout.position_T)
         context, values = self.batch_context(timestamps_T, next_timestamps_T, layout), []
@@ -138,7 +138,8 @@ class FuXiEncoder(MixingEncoder):
         return torch.stack(values, 1)
 
     def init_state(self, batch: int) -> StreamingState:
-        """The state of `batch` users without events, for `observe` and `query`. docs/streaming.md has an example.
+        """Makes the state of `batch` users without events, for `observe` and `query`. docs/streaming.md has an
+        example.
 
         Raises:
             UserError: the encoder is in training mode, or has channels without a state of fixed size (the semantic and
@@ -147,8 +148,8 @@ class FuXiEncoder(MixingEncoder):
         return streaming.empty_state(self, batch)
 
     def state_of(self, embeddings_TD: Tensor, timestamps_T: Tensor, layout: JaggedLayout) -> StreamingState:
-        """The state after whole histories, in one full pass: as if `observe` had taken their events one by one. Each
-        history has at most padded_length events (UserError otherwise); a user may have none."""
+        """Computes the state after whole histories, in one full pass: as if `observe` had taken their events one by
+        one. Each history has at most padded_length events (UserError otherwise); a user may have none."""
         return streaming.state_of(self, embeddings_TD, timestamps_T, layout)
 
     def observe(self, state: StreamingState, item_embedding: Tensor, timestamp: Tensor) -> StreamingState:
@@ -168,12 +169,12 @@ class FuXiEncoder(MixingEncoder):
         return state
 
     def query(self, state: StreamingState, at: Tensor) -> Tensor:
-        """The raw output [B, D] for a request at time `at`, int64 [B] ticks (or one for all); changes nothing. It equals
-        `forward` on the events so far, with `at` as the last row's next time."""
+        """Computes the raw output [B, D] for a request at time `at`, int64 [B] ticks (or one for all); changes
+        nothing. It equals `forward` on the events so far, with `at` as the last row's next time."""
         return streaming.query(self, state, at)
 
 
 def build_fuxi_beta(config: ModelConfig, padded_length: int, time_unit: float) -> FuXiEncoder:
-    """FuXi-β with config.bias_function as f; config.channels makes the paper's ablations of it."""
+    """Builds FuXi-β with config.bias_function as f; config.channels makes the paper's ablations of it."""
     channels = CHANNEL_PRESETS["fuxi_beta"] if config.channels is None else config.channels
     return FuXiEncoder(config, channels, padded_length, time_unit)

@@ -25,6 +25,8 @@ EPS = 1e-6
 
 @dataclass
 class HSTUContext:
+    """The context that the blocks of one forward share."""
+
     layout: JaggedLayout
     gaps: TimeGaps
 
@@ -45,6 +47,7 @@ class HSTUBlock(nn.Module):
         self.output_bias = nn.Parameter(torch.empty(D))
 
     def reset_parameters(self) -> None:
+        """Draws every parameter anew."""
         nn.init.normal_(self.input_weight, std=0.02)
         nn.init.xavier_uniform_(self.output_weight)
         reset_linear_bias(self.output_bias, self.output_weight.shape[1])
@@ -52,6 +55,7 @@ class HSTUBlock(nn.Module):
         self.bucketed_temporal.reset_parameters()
 
     def forward(self, x_TD: Tensor, context: HSTUContext) -> Tensor:
+        """Computes the block on the rows of all users, [T, D]."""
         H, d, q = self.num_heads, self.value_dim, self.qk_dim
         z_TW = layer_norm(x_TD, EPS) @ self.input_weight
         u, v, queries, keys = silu_split(z_TW, (H * d, H * d, H * q, H * q))
@@ -61,7 +65,7 @@ class HSTUBlock(nn.Module):
 
     @torch.compiler.disable
     def mix(self, q_THq: Tensor, k_THq: Tensor, v_THd: Tensor, context: HSTUContext) -> Tensor:
-        """Attention, [T, H, d]."""
+        """Attends to each user's earlier rows, [T, H, d]."""
         weights = (self.positional.weight_N, self.bucketed_temporal.weight)
         return silu_attention(q_THq, k_THq, v_THd, context.layout, 1 / self.padded_length, *weights, context.gaps)
 
@@ -75,6 +79,7 @@ class HSTUEncoder(SequenceEncoder):
         self.reset_parameters()
 
     def batch_context(self, timestamps_T: Tensor, next_timestamps_T: Tensor, layout: JaggedLayout) -> HSTUContext:
+        """Makes the buckets of the batch's time gaps, once for all blocks."""
         gaps = TimeGaps(timestamps_T, next_timestamps_T, layout, self.time_unit)
         # Attention reads its buckets strip by strip, as blocked token mixing does: made here, they are kept in gaps.
         channels = [block.bucketed_temporal.channel() for block in self.blocks]

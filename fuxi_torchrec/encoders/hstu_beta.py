@@ -18,7 +18,7 @@ from fuxi_torchrec.ops.row_wise.dispatch import dropout, layer_norm, silu_split
 
 
 class HSTUBetaBlock(MixingBlock):
-    """input_weight makes u and v, in this order."""
+    """One HSTU-β layer. input_weight makes u and v, in this order."""
 
     def __init__(self, config: ModelConfig, padded_length: int) -> None:
         super().__init__(config, CHANNEL_PRESETS["fuxi_beta"], padded_length)
@@ -29,12 +29,14 @@ class HSTUBetaBlock(MixingBlock):
         self.output_bias = nn.Parameter(torch.empty(D))
 
     def reset_parameters(self) -> None:
+        """Draws every parameter anew."""
         nn.init.normal_(self.input_weight, std=0.02)
         nn.init.xavier_uniform_(self.output_weight)
         reset_linear_bias(self.output_bias, self.output_weight.shape[1])
         self.reset_mixers()
 
     def forward(self, x_TD: Tensor, context: MixingContext) -> Tensor:
+        """Computes the block on the rows of all users, [T, D]."""
         values = self.num_heads * self.value_dim
         u, v = silu_split(layer_norm(x_TD, EPS) @ self.input_weight, (values, values))
         y_THd = self.mix_channels(v.unflatten(1, (self.num_heads, self.value_dim)), context).sum(2)

@@ -23,7 +23,8 @@ PlanKey = Tuple[str, ...]
 
 @dataclass
 class MixingContext:
-    """What the blocks of one forward share. plans: by `MixingBlock.plan_key`, one where all blocks are alike."""
+    """The context that the blocks of one forward share. plans: by `MixingBlock.plan_key`, one where all blocks are
+    alike."""
 
     layout: JaggedLayout
     gaps: TimeGaps
@@ -52,11 +53,11 @@ class MixingBlock(nn.Module):
 
     @property
     def plan_key(self) -> PlanKey:
-        """What tells this block's mixing plan from another block's."""
+        """Key that tells this block's mixing plan from another block's."""
         return (self.token_mixing, *(mixer.kind for mixer in self.mixers.values()))
 
     def check_mixing(self) -> None:
-        """Looks whether `linear` token mixing is good for the temporal channel's parameters as they are."""
+        """Checks whether `linear` token mixing is good for the temporal channel's parameters as they are."""
         within = all(mixer.suits_linear() for mixer in self.mixers.values())
         if self.asked_mixing in ("auto", "linear"):
             self.token_mixing = self.asked_mixing if within else "exact"
@@ -78,16 +79,18 @@ class MixingEncoder(SequenceEncoder):
         self.register_load_state_dict_post_hook(lambda module, _: module.check_mixing())
 
     def reset_parameters(self) -> None:
+        """Draws every parameter anew."""
         super().reset_parameters()
         self.check_mixing()
 
     def train(self, mode: bool = True) -> "MixingEncoder":
+        """Sets training or evaluation mode, and checks the mixing."""
         self.check_mixing()
         return super().train(mode)
 
     def check_mixing(self) -> None:
-        """Looks whether linear token mixing is as exact as promised for the parameters' present values; what isn't is
-        computed exactly until the next look. It reads values from the device, so a trainer calls it when it logs."""
+        """Checks whether linear token mixing is as exact as promised for the parameters' present values; what isn't
+        is computed exactly until the next look. It reads values from the device, so a trainer calls it when it logs."""
         for block in self.blocks:
             block.check_mixing()
 

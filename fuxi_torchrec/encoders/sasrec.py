@@ -62,18 +62,20 @@ class FeedForward(nn.Module):
         self.out_bias = nn.Parameter(torch.empty(D))
 
     def reset_parameters(self) -> None:
+        """Draws every parameter anew."""
         for weight, bias in ((self.in_weight, self.in_bias), (self.out_weight, self.out_bias)):
             nn.init.xavier_normal_(weight)
             reset_linear_bias(bias, weight.shape[1])
 
     def forward(self, x_TD: Tensor) -> Tensor:
+        """Computes the layer on every row, [T, D]."""
         hidden_TF = self.activation(F.linear(x_TD, self.in_weight, self.in_bias))
         out_TD = F.linear(dropout(hidden_TF, self.dropout, self.training), self.out_weight, self.out_bias)
         return x_TD + dropout(out_TD, self.dropout, self.training)
 
 
 def reset_sasrec_positions(position_embedding_ND: Tensor) -> None:
-    """Normal, σ = √(1/D), truncated at 2 σ (docs/models.md, "Input")."""
+    """Draws a position table: normal, σ = √(1/D), truncated at 2 σ (docs/models.md, "Input")."""
     std = math.sqrt(1 / position_embedding_ND.shape[1])
     nn.init.trunc_normal_(position_embedding_ND, std=std, a=-2 * std, b=2 * std)
 
@@ -93,6 +95,7 @@ class SASRecBlock(nn.Module):
         self.ffn = FeedForward(config)
 
     def reset_parameters(self) -> None:
+        """Draws every parameter anew."""
         for weight in (self.attention_in_weight, self.attention_out_weight):
             nn.init.xavier_normal_(weight)
         nn.init.zeros_(self.attention_in_bias)
@@ -100,6 +103,7 @@ class SASRecBlock(nn.Module):
         self.ffn.reset_parameters()
 
     def forward(self, x_TD: Tensor, layout: JaggedLayout) -> Tensor:
+        """Computes the block on the rows of all users, [T, D]."""
         query_TD = layer_norm(x_TD, EPS)
         return self.ffn(layer_norm(query_TD + self._attention(query_TD, x_TD, layout), EPS))
 
@@ -114,7 +118,7 @@ class SASRecBlock(nn.Module):
 
     @torch.compiler.disable
     def mix(self, q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, layout: JaggedLayout) -> Tensor:
-        """Attention, [T, H, d]."""
+        """Attends to each user's earlier rows, [T, H, d]."""
         return causal_softmax_attention(q_THd, k_THd, v_THd, layout, self.attention_dropout if self.training else 0.0)
 
 
@@ -127,7 +131,9 @@ class SASRecEncoder(SequenceEncoder):
         self.reset_parameters()
 
     def reset_positions(self) -> None:
+        """Draws the position table as SASRec does."""
         reset_sasrec_positions(self.position_embedding_ND)
 
     def batch_context(self, timestamps_T: Tensor, next_timestamps_T: Tensor, layout: JaggedLayout) -> JaggedLayout:
+        """Returns the layout: times are not used."""
         return layout

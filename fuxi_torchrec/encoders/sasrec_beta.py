@@ -17,6 +17,8 @@ from fuxi_torchrec.ops.row_wise.dispatch import layer_norm
 
 
 class SASRecBetaBlock(MixingBlock):
+    """One SASRec-β layer: β token mixing and the feed-forward layer."""
+
     def __init__(self, config: ModelConfig, padded_length: int) -> None:
         super().__init__(config, CHANNEL_PRESETS["fuxi_beta"], padded_length)
         D = config.embedding_dim
@@ -28,6 +30,7 @@ class SASRecBetaBlock(MixingBlock):
         self.ffn = FeedForward(config)
 
     def reset_parameters(self) -> None:
+        """Draws every parameter anew."""
         for weight, bias in ((self.value_weight, self.value_bias), (self.output_weight, self.output_bias)):
             nn.init.xavier_normal_(weight)
             nn.init.zeros_(bias)
@@ -35,6 +38,7 @@ class SASRecBetaBlock(MixingBlock):
         self.reset_mixers()
 
     def forward(self, x_TD: Tensor, context: MixingContext) -> Tensor:
+        """Computes the block on the rows of all users, [T, D]."""
         v_TD = F.linear(x_TD, self.value_weight, self.value_bias)
         y_THd = self.mix_channels(v_TD.unflatten(1, (self.num_heads, -1)), context).sum(2)
         mixed_TD = F.linear(y_THd.flatten(1), self.output_weight, self.output_bias)
@@ -49,4 +53,5 @@ class SASRecBetaEncoder(MixingEncoder):
         super().__init__(config, blocks, padded_length, time_unit)
 
     def reset_positions(self) -> None:
+        """Draws the position table as SASRec does."""
         reset_sasrec_positions(self.position_embedding_ND)

@@ -26,8 +26,8 @@ from fuxi_torchrec.ops.token_mixing.registry import CHANNELS, STREAMING
 
 
 class StateFull(ValueError):
-    """Users whose position table is used up; `users` are their indices. The state is as it was: build it anew from each
-    user's newest events (`FuXiEncoder.state_of`)."""
+    """Raised for users whose position table is used up; `users` are their indices. The state is as it was: build it
+    anew from each user's newest events (`FuXiEncoder.state_of`)."""
 
     def __init__(self, users: List[int], padded_length: int) -> None:
         self.users = users
@@ -39,7 +39,7 @@ class StateFull(ValueError):
 
 @dataclass
 class StreamingState:
-    """What an encoder remembers of B users, batch dimension first: a store may keep each user's part by itself.
+    """An encoder's memory of B users, batch dimension first: a store may keep each user's part by itself.
 
     count_B: int64, events that are final. has_pending_B: bool. pending_BD: the pending events' embeddings as given.
     pending_time_B, anchor_B: int64 ticks, the time of the pending and of the newest final event. values_BLNE: v of the
@@ -57,28 +57,32 @@ class StreamingState:
 
     @property
     def num_users(self) -> int:
+        """Number of users, B."""
         return len(self.count_B)
 
     def tensors(self) -> Dict[str, Tensor]:
-        """By name, to be stored by torch.save (and loaded with weights_only) or any store of arrays."""
+        """Returns the tensors by name, to be stored by torch.save (and loaded with weights_only) or any store of
+        arrays."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @classmethod
     def from_tensors(cls, tensors: Dict[str, Tensor]) -> "StreamingState":
+        """Makes a state of stored tensors."""
         return cls(**tensors)
 
     def select(self, users: Sequence[int]) -> "StreamingState":
-        """A copy of some users' state."""
+        """Copies some users' state."""
         index = torch.as_tensor(users, dtype=torch.int64, device=self.count_B.device)
         return StreamingState(**{name: x.index_select(0, index) for name, x in self.tensors().items()})
 
     @classmethod
     def join(cls, states: Sequence["StreamingState"]) -> "StreamingState":
-        """Several users' states as one batch."""
+        """Joins several users' states to one batch."""
         parts = [state.tensors() for state in states]
         return cls(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
     def clone(self) -> "StreamingState":
+        """Copies the state."""
         return replace(self, **{name: x.clone() for name, x in self.tensors().items()})
 
 
@@ -119,7 +123,7 @@ def _sums(encoder) -> int:
 
 
 def check_streamable(encoder) -> None:
-    """UserError where a state of fixed size cannot stand for the past, or while dropout is on."""
+    """Checks that a state of fixed size can stand for the past, and that dropout is off. Raises UserError."""
     if encoder.training:
         raise UserError("streaming needs the encoder in eval mode: dropout would make every answer another one")
     known = ", ".join(name for name, record in CHANNELS.items() if STREAMING in record.versions)
@@ -138,7 +142,7 @@ def check_streamable(encoder) -> None:
 
 
 def empty_state(encoder, batch: int) -> StreamingState:
-    """Of `batch` users without events."""
+    """Makes the state of `batch` users without events."""
     check_streamable(encoder)
     parameter = encoder.position_embedding_ND
     L, N, E, K = len(encoder.blocks), encoder.padded_length, encoder.value_width, _sums(encoder)
@@ -177,7 +181,7 @@ def observe(encoder, state: StreamingState, item_embedding_BD: Tensor, timestamp
 
 @torch.no_grad()
 def query(encoder, state: StreamingState, at_B: Tensor) -> Tensor:
-    """Output of every user's newest event for a request at a time; see `FuXiEncoder.query`."""
+    """Computes the output of every user's newest event for a request at a time; see `FuXiEncoder.query`."""
     check_streamable(encoder)
     if not bool(state.has_pending_B.all()):
         missing = (~state.has_pending_B).nonzero()[:, 0].tolist()
@@ -189,7 +193,7 @@ def query(encoder, state: StreamingState, at_B: Tensor) -> Tensor:
 def state_of(
     encoder, embeddings_TD: Tensor, timestamps_T: Tensor, layout: JaggedLayout
 ) -> StreamingState:
-    """The state after whole histories, by one full pass; see `FuXiEncoder.state_of`."""
+    """Computes the state after whole histories, by one full pass; see `FuXiEncoder.state_of`."""
     check_streamable(encoder)
     state = empty_state(encoder, layout.num_users)
     last_B = layout.offsets_B1[1:] - 1

@@ -62,7 +62,7 @@ def mix_tokens(
 
 @dataclass(frozen=True)
 class MixingPart:
-    """Channels that one call of the operator mixes.
+    """The channels that one call of the operator mixes.
 
     Attributes:
         members: their places among all channels.
@@ -79,7 +79,8 @@ class MixingPart:
 
 @dataclass(frozen=True)
 class MixingPlan:
-    """Which code mixes which channels of a batch; for values of one type, of every block that has these channels.
+    """The choice of which code mixes which channels of a batch; for values of one type, of every block that has these
+    channels.
 
     Attributes:
         kernel: the code; "torch" mixes `parts` by the operator, the others take all channels at once.

@@ -24,18 +24,18 @@ CHUNK = 128
 
 
 def feature_shapes(rows: int, K: int) -> List[Tuple[int, ...]]:
-    """Of what `gap_seconds` and `power_features` return for a user of `rows` events."""
+    """Returns the shapes of what `gap_seconds` and `power_features` return for a user of `rows` events."""
     M = -(-rows // CHUNK)
     return [(M, CHUNK, CHUNK), (M - 1, CHUNK, K), (M - 1, CHUNK, K), (M - 1, K)]
 
 
 def feature_size(rows: int, K: int) -> int:
-    """Elements of a user's features."""
+    """Counts the elements of a user's features."""
     return sum(math.prod(shape) for shape in feature_shapes(rows, K))
 
 
 def feature_views(flat: Tensor, rows: int, K: int) -> List[Tensor]:
-    """A user's features out of one flat tensor of `feature_size` elements."""
+    """Cuts a user's features out of one flat tensor of `feature_size` elements."""
     shapes = feature_shapes(rows, K)
     return [part.view(shape) for part, shape in zip(flat.split([math.prod(shape) for shape in shapes]), shapes)]
 
@@ -76,7 +76,7 @@ def _decay(exponent: Tensor) -> Tensor:
 
 @dataclass
 class Factors:
-    """Output = near v + read (weights * S). near_MLL is zero above the diagonals."""
+    """The factors of a map: output = near v + read (weights * S). near_MLL is zero above the diagonals."""
 
     near_MLL: Tensor
     read_XLK: Tensor
@@ -86,25 +86,25 @@ class Factors:
 
 
 def power_factors(features: Sequence[Tensor], b: Tensor, weights_K: Tensor) -> Factors:
-    """Of (1 + x)^(-b), from `power_features`."""
+    """Makes the factors of (1 + x)^(-b), from `power_features`."""
     log_MLL, *far = features
     return Factors(torch.mul(log_MLL, -b).exp_().tril_(), *far, weights_K)
 
 
 def exponential_factors(gaps: Sequence[Tensor], rate: Tensor) -> Factors:
-    """Of e^(-rate x), from `gap_seconds`: one exponential."""
+    """Makes the factors of e^(-rate x), from `gap_seconds`: one exponential."""
     near_MLL, *far = (_decay(gap * rate) for gap in gaps)
     return Factors(near_MLL.tril_(), *far)
 
 
 def chunked(x_nE: Tensor) -> Tensor:
-    """[n, E] to [M, L, E], zero-padded; a view where nothing is missing."""
+    """Cuts [n, E] into [M, L, E], zero-padded; a view where nothing is missing."""
     missing = -len(x_nE) % CHUNK
     return (F.pad(x_nE, (0, 0, 0, missing)) if missing else x_nE).unflatten(0, (-1, CHUNK))
 
 
 def scan_forward(v_MLE: Tensor, factors: Factors) -> Tensor:
-    """[M, L, E] in v's type."""
+    """Computes the mixed rows, [M, L, E] in v's type."""
     dtype = v_MLE.dtype
     y_MLE = torch.bmm(factors.near_MLL.to(dtype), v_MLE)
     if len(v_MLE) > 1:

@@ -22,7 +22,8 @@ DEFAULT_TOLERANCE = 1e-6
 
 @dataclass(frozen=True)
 class ExponentialSum:
-    """Σ_k weight_k(b) e^(-λ_k x). The first rate is 0: it stands for all that are slower than the grid's."""
+    """A sum of exponentials, Σ_k weight_k(b) e^(-λ_k x). The first rate is 0: it stands for all that are slower than
+    the grid's."""
 
     step: float
     first: float
@@ -30,15 +31,15 @@ class ExponentialSum:
 
     @property
     def terms(self) -> int:
-        """K."""
+        """Number of terms, K."""
         return self.nodes + 1
 
     def rates_K(self, device: torch.device) -> Tensor:
-        """λ_k, float64 [K], per second."""
+        """Returns the rates λ_k, float64 [K], per second."""
         return torch.cat([torch.zeros(1, dtype=torch.float64, device=device), self._nodes(device).exp()])
 
     def weights_K(self, b: Tensor) -> Tuple[Tensor, Tensor]:
-        """weight_k(b) and its derivative by b, float64 [K] each; b has one element."""
+        """Computes weight_k(b) and its derivative by b, float64 [K] each; b has one element."""
         h, b = self.step, b.detach().double().reshape(())
         u = self._nodes(b.device)
         weight = h * torch.exp(b * u - torch.lgamma(b) - u.exp())
@@ -68,7 +69,7 @@ def _geometric(b: Tensor, h: float) -> Tuple[Tensor, Tensor]:
 
 @lru_cache
 def power_law_sum(tolerance: float) -> ExponentialSum:
-    """The shortest sum whose relative error is at most `tolerance` for every b of B_RANGE and every gap."""
+    """Finds the shortest sum whose relative error is at most `tolerance` for every b of B_RANGE and every gap."""
     assert 1e-12 <= tolerance <= 1e-2
     # Three errors, each worst at one end of B_RANGE: of the step, at the largest b, 2 |Γ(b + 2πi/h)| / Γ(b); of what
     # lies left of the grid, below 0.1 e^(-2 left) after the linear correction; of what lies right of it.

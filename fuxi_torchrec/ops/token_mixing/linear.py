@@ -34,7 +34,7 @@ LARGEST_EXPONENT = 80.0
 
 
 class LinearGaps:
-    """What the temporal channel `name` reads of the times of users, given as (first row, length).
+    """The features of users' times that the temporal channel `name` reads; users are given as (first row, length).
 
     cached: what `all_users` returned; None: a user's features are made whenever they are asked for.
     """
@@ -56,15 +56,15 @@ class LinearGaps:
         return [feature_size(length, self._terms) for _, length in self.users]
 
     def count(self) -> int:
-        """Entries of all users."""
+        """Counts the entries of all users."""
         return sum(self._sizes())
 
     def all_users(self) -> List[Tensor]:
-        """Every user's features, flat."""
+        """Makes every user's features, flat."""
         return [x.flatten() for user in range(len(self.users)) for x in self.of_user(user)]
 
     def of_user(self, user: int) -> List[Tensor]:
-        """`gap_seconds` for `exp`, `power_features` for `pow`; not to be changed."""
+        """Returns a user's features, `gap_seconds` for `exp`, `power_features` for `pow`; not to be changed."""
         first, length = self.users[user]
         if self._cached is not None:
             return feature_views(self._cached[user], length, self._terms)

@@ -23,7 +23,7 @@ TASK_ROWS = 96
 def mix_native(
     values_THd: Tensor, layout: JaggedLayout, channels: Sequence[Channel], gaps: Optional[TimeGaps]
 ) -> Tensor:
-    """See `token_mixing.mix_tokens`."""
+    """Mixes tokens in C; see `token_mixing.mix_tokens`."""
     if not supports(values_THd, channels):
         raise UserError(
             "model.token_mixing: native needs a CPU, float32, a C compiler, and at most one temporal channel, of "
@@ -37,6 +37,7 @@ def mix_native(
 
 
 def supports(values_THd: Tensor, channels: Sequence[Channel]) -> bool:
+    """Tells whether the C kernels mix these channels."""
     names = [name for name, _ in channels]
     known = all(NATIVE in CHANNELS[name].versions for name in names)
     # The kernels take one channel of each kind.

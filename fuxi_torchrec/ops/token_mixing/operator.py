@@ -108,7 +108,7 @@ def mix_op(
     time_unit: float,
     tolerance: float,
 ) -> Tensor:
-    """[T, H, C, d].
+    """Mixes values, [T, H, C, d].
 
     Args:
         values_THd: v.
@@ -168,7 +168,7 @@ def mix_backward_op(
     time_unit: float,
     tolerance: float,
 ) -> List[Tensor]:
-    """The gradients of values and of every parameter."""
+    """Computes the gradients of values and of every parameter."""
     mixing = _Mixing.of(times, slots, features, params, kinds, linear_from, in_c, time_unit, tolerance)
     T, H, d = values_THd.shape
     grad_v_THd = values_THd.new_zeros(T, H, d)

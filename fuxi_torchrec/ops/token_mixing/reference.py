@@ -16,7 +16,7 @@ from fuxi_torchrec.ops.token_mixing.time_maps import TIME_MAPS, Channel
 def mix_reference(
     values_THd: Tensor, layout: JaggedLayout, channels: Sequence[Channel], gaps: Optional[TimeGaps]
 ) -> Tensor:
-    """[T, H, C, d]; see `token_mixing.mix_tokens`. Memory grows with B * N²."""
+    """Mixes values by whole maps, [T, H, C, d]; see `token_mixing.mix_tokens`. Memory grows with B * N²."""
     v_BNHd = to_padded(values_THd, layout)
     outputs = []
     for name, params in channels:

@@ -37,7 +37,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class MixingChannel:
-    """What is known of a channel.
+    """A channel's record: everything that is known of it.
 
     Attributes:
         parameters: in the order in which every version takes them.
@@ -53,7 +53,7 @@ class MixingChannel:
 
     @property
     def num_scalars(self) -> int:
-        """Entries of all parameters, of a channel whose parameters have a size of their own."""
+        """Number of entries of all parameters, of a channel whose parameters have a size of their own."""
         return sum(math.prod(parameter.shape) for parameter in self.parameters)
 
 

@@ -19,7 +19,8 @@ CACHED_ENTRIES = 2**24
 
 
 def gap_feature(ticks: Tensor, time_unit: float, feature: str, dtype: torch.dtype) -> Tensor:
-    """int64 time differences to what the maps read: "seconds", "log1p" = ln(1 + max(seconds, 0)), or "bucket"."""
+    """Converts int64 time differences to what the maps read: "seconds", "log1p" = ln(1 + max(seconds, 0)), or
+    "bucket"."""
     seconds = ticks.to(dtype)
     if time_unit != 1.0:
         seconds.mul_(time_unit)
@@ -76,15 +77,16 @@ class StripGaps:
                 yield (group.start, first), (group.users, last - first, last)
 
     def count(self) -> int:
-        """Entries of all strips."""
+        """Counts the entries of all strips."""
         return sum(math.prod(shape) for _, shape in self._shapes())
 
     def all_strips(self) -> List[Tensor]:
-        """Every strip's entries, flat."""
+        """Makes every strip's entries, flat."""
         return [self.strip(group, first).flatten() for first, groups in self.slots.strips() for group in groups]
 
     def strip(self, group: LengthGroup, first: int) -> Tensor:
-        """[G, rows, columns] for the strip's rows, first <= i < last, and the columns 0 <= j < last; not to be changed."""
+        """Returns [G, rows, columns] for the strip's rows, first <= i < last, and the columns 0 <= j < last; not to
+        be changed."""
         if (group.start, first) in self._cached:
             return self._cached[group.start, first]
         last = min(first + jagged.STRIP_ROWS, group.length)
@@ -121,18 +123,22 @@ class TimeGaps:
 
     @property
     def timestamps_T(self) -> Tensor:
+        """int64 [T] ticks of the events."""
         return self.times.timestamps_T
 
     @property
     def next_timestamps_T(self) -> Tensor:
+        """int64 [T] ticks of what follows each event."""
         return self.times.next_timestamps_T
 
     @property
     def time_unit(self) -> float:
+        """Seconds per tick."""
         return self.times.time_unit
 
     def strips(self, name: str, dtype: torch.dtype) -> StripGaps:
-        """Of the temporal channel `name`, for all users; from what `token_mixing.prepare` made for "blocked", if it did."""
+        """Makes the strips of the temporal channel `name`, for all users; from what `token_mixing.plan_mixing` made
+        for "blocked", if it did."""
         cached = self.features.get(FeatureKey(name, linear_from=None, in_c=False, dtype=dtype))
         cached = None if cached is None or not cached.numel() else cached
         return StripGaps(self.layout.slots, self.times, TIME_MAPS[name].feature, dtype, cached)

@@ -133,7 +133,7 @@ def _dot(x: Tensor, y: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TimeMap:
-    """f(feature, *params), its feature, and the closed form of its gradients.
+    """A map of time: f(feature, *params), its feature, and the closed form of its gradients.
 
     `backward(feature, unit, grad, *params)` gives the parameters' gradients of sum(grad * f) and overwrites grad. With
     `unit`, f = params[0] * unit(feature, *params), and the factor is applied to the mixed output, which is smaller than
@@ -146,10 +146,11 @@ class TimeMap:
     unit: Optional[Callable[..., Tensor]] = None
 
     def factored(self, feature: Tensor, params: Sequence[Tensor]) -> Tensor:
-        """A fresh tensor u with f = factor(params) * u."""
+        """Makes a fresh tensor u with f = factor(params) * u."""
         return (self.unit or self.evaluate)(feature, *params)
 
     def factor(self, params: Sequence[Tensor]) -> Optional[Tensor]:
+        """Returns the factor that was left out of `factored`."""
         return None if self.unit is None else params[0]
 
 

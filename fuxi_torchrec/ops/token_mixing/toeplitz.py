@@ -64,7 +64,7 @@ def _check(users: Sequence[Tuple[int, int]], weight_N: Tensor, v_THd: Tensor, *o
 
 
 def transform_length(least: int) -> int:
-    """The smallest 2^a, 3 * 2^a or 5 * 2^a that is not below `least`."""
+    """Finds the smallest 2^a, 3 * 2^a or 5 * 2^a that is not below `least`."""
     return min(odd << max(0, math.ceil(math.log2(least / odd))) for odd in (1, 3, 5))
 
 
@@ -163,7 +163,7 @@ def _columns_to_rows(columns_eS: Tensor, out_nHd: Tensor, how) -> None:
 
 
 def lag_strip(weight_N: Tensor, first: int, rows: int, dtype: torch.dtype) -> Tensor:
-    """[R, W] Toeplitz rows first .. first + rows - 1: weight[i - j], zero where j > i."""
+    """Makes the Toeplitz rows first .. first + rows - 1, [R, W]: weight[i - j], zero where j > i."""
     used = weight_N[: first + rows].to(dtype)
     reversed_padded = torch.cat([used.flip(0), used.new_zeros(rows)])
     return reversed_padded.unfold(0, first + rows, 1)[:rows].flip(0)

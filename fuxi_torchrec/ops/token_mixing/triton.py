@@ -37,7 +37,7 @@ shape alone, into how many partial sums a gradient is cut, so results are the sa
 
 
 def can_mix(values_THd: Tensor, channels: Sequence[Channel]) -> bool:
-    """Whether the kernels know these channels and this type, and can run on this device."""
+    """Tells whether the kernels know these channels and this type, and can run on this device."""
     known = all(TRITON in CHANNELS[name].versions for name, _ in channels)
     return values_THd.is_cuda and known and values_THd.dtype in DTYPES and IS_INSTALLED
 
@@ -48,7 +48,7 @@ def triton_mix_tokens(
     channels: Sequence[Channel],
     gaps: Optional[TimeGaps] = None,
 ) -> Tensor:
-    """`token_mixing.mix_tokens` by the kernels of this module.
+    """Mixes tokens as `token_mixing.mix_tokens` does, by the kernels of this module.
 
     Args:
         values_THd: float32, bfloat16 or float16; maps and sums are float32 whatever the type, products of float32 are
@@ -106,7 +106,7 @@ def _launches(kinds: Sequence[str], sizes: Sequence[int]) -> List[_Launch]:
 
 
 def tiles(kernel: str, half: bool, width: int, interpreting: bool) -> List[Tiles]:
-    """Tile sizes that are tried for a kernel; none is wider than values of E = `width` need.
+    """Lists the tile sizes that are tried for a kernel; none is wider than values of E = `width` need.
 
     Half precision runs on tensor cores and wants wide tiles, since a map's entries are made again for each tile of E;
     float32 products are unrolled multiply-adds, kept short. Of the sizes that fit, these are compiled with few registers
@@ -133,7 +133,7 @@ def tiles(kernel: str, half: bool, width: int, interpreting: bool) -> List[Tiles
 
 
 def map_block(interpreting: bool) -> int:
-    """Side of a tile of the maps' backward."""
+    """Chooses the side of a tile of the maps' backward."""
     return 16 if interpreting else 64
 
 

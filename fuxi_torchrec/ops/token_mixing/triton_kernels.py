@@ -33,6 +33,7 @@ def columns_of(e, d, C):
 
 @triton.jit
 def lag_map(weight_ptr, i, j, valid):
+    """Loads a tile of the positional map."""
     return tl.load(weight_ptr + (i - j), mask=valid, other=0.0)
 
 

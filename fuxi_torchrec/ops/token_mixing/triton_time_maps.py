@@ -31,6 +31,7 @@ def load_parameters(p, TIME: tl.constexpr):
 
 @triton.jit
 def bucket_of(seconds):
+    """Computes the bucket of a gap in seconds."""
     log = tl.log(tl.maximum(tl.abs(seconds), 1.0))
     return tl.minimum(tl.div_rn(log, tl.full(log.shape, 0.301, tl.float32)).to(tl.int32), NUM_BUCKETS)
 
