@@ -46,7 +46,8 @@ setup(
     ],
     extras_require={
         "cuda": ["torch==2.13.0", "torchrec==1.8.0", "fbgemm-gpu==1.8.0"],
-        "dev": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.12", "import-linter>=2.3", "mypy>=1.18", "types-PyYAML"],
+        "dev": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.12", "import-linter>=2.3", "mypy>=1.18",
+                "types-PyYAML"],
         # The stable torchx 0.7.0 (2024) does not fit today's Slurm.
         "launch": ["torchx-nightly[kubernetes]==2026.10.26", "scipy>=1.13", "matplotlib>=3.9"],
     },

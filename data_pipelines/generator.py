@@ -12,11 +12,12 @@ Shapes: B users of a block, L positions, V items, C clusters.
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Dict, Optional, Tuple
+from typing import Optional, Tuple
 
 import numpy as np
 
 from fuxi_torchrec.errors import UserError
+from fuxi_torchrec.files import JsonObject
 
 # A block is the unit of random numbers: its size follows from the parameters, never from memory or threads.
 BLOCK_EVENTS = 1 << 18
@@ -71,7 +72,7 @@ class Generator:
         if self.unique_items and (self.items <= self.max_sequence_length or self.epsilon == 0):
             raise UserError("--unique-items: needs more items than --max-sequence-length, and --epsilon above 0")
 
-    def to_dict(self) -> Dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """Returns the parameters as plain values."""
         return {"kind": "clustered_power_law", "time_unit_seconds": 1.0, **asdict(self)}
 

@@ -14,6 +14,7 @@ from data_pipelines.interrupts import uninterrupted
 from fuxi_torchrec.data.checksums import describe_files
 from fuxi_torchrec.data.format import IDENTITY_FILE, TRAIN_FOLDER
 from fuxi_torchrec.errors import UserError, one_line
+from fuxi_torchrec.files import JsonObject
 from fuxi_torchrec.paths import is_address, join, names_in, path_manager
 from fuxi_torchrec.run.lock import Lock
 
@@ -72,7 +73,7 @@ class OutputFolder:
             self._names.append(name)
             return GuardedStream(path_manager().open(path, "wb"), self._reaching)
 
-    def described(self) -> Tuple[Dict[str, Dict[str, Any]], str]:
+    def described(self) -> Tuple[Dict[str, JsonObject], str]:
         """Reads back what was written; returns dataset.json's `files` and `content_checksum`."""
         with self._reaching() if not self.is_local else contextlib.nullcontext():
             return describe_files(self.folder, sorted(self._names))  # items.parquet, train/part-…, users.parquet
@@ -202,7 +203,7 @@ class GuardedStream:
     def __init__(self, stream: BinaryIO, guard: Callable[[], ContextManager[None]]):
         self._stream, self._guard = stream, guard
 
-    def write(self, data: Any) -> int:
+    def write(self, data: Union[bytes, memoryview]) -> int:
         """Writes bytes; returns their number. Raises UserError."""
         with self._guard():
             return self._stream.write(data)

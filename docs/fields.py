@@ -12,6 +12,7 @@ class Fields(griffe.Extension):
     """Rewrites every docstring before mkdocstrings reads it."""
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
+        """Rewrites the fields of an object's docstring to a list."""
         if obj.docstring:
             obj.docstring.value = listed(obj.docstring.value)
 

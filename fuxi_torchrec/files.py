@@ -3,7 +3,10 @@
 import os
 import secrets
 from contextlib import contextmanager, suppress
-from typing import Iterator
+from typing import Any, Dict, Iterator
+
+JsonObject = Dict[str, Any]
+"""An object of a JSON or YAML file, as it was read or will be written: its keys decide what the values are."""
 
 
 @contextmanager

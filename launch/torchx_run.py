@@ -8,7 +8,7 @@ import argparse
 import shutil
 import subprocess
 import sys
-from typing import Any, Dict, Optional
+from typing import Optional
 
 from torchx.cli.cmd_run import CmdRun
 from torchx.runner import config, get_runner
@@ -16,6 +16,7 @@ from torchx.schedulers.local_scheduler import SignalException
 from torchx.specs import InvalidRunConfigException
 
 from fuxi_torchrec.errors import UserError
+from fuxi_torchrec.files import JsonObject
 
 
 class Run(CmdRun):
@@ -45,7 +46,7 @@ def check(args: argparse.Namespace) -> None:
     with get_runner() as runner:
         options = runner.scheduler_run_opts(args.scheduler)
     try:
-        chosen: Dict[str, Any] = options.cfg_from_str(args.scheduler_args or "")
+        chosen: JsonObject = options.cfg_from_str(args.scheduler_args or "")
         config.apply(scheduler=args.scheduler, cfg=chosen)
         chosen = options.resolve(chosen)
     except (InvalidRunConfigException, ValueError) as error:

@@ -10,7 +10,7 @@ The newest `trainer.keep_checkpoints` and the best are kept.
 import json
 import threading
 from datetime import timedelta
-from typing import Any, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,7 @@ from fuxi_torchrec.distributed.failures import is_lost
 from fuxi_torchrec.distributed.private_api import is_trained_in_backward
 from fuxi_torchrec.distributed.world import World
 from fuxi_torchrec.errors import UserError
+from fuxi_torchrec.files import JsonObject
 from fuxi_torchrec.paths import join, make_folder, names_in, path_manager
 from fuxi_torchrec.run.folder import CONFIG_FILE, RunFolder
 
@@ -54,7 +55,7 @@ class Checkpoints:
         num_items: int,
         world: World,
         extra_files: Optional[Dict[str, str]] = None,
-        optimizer_identity: Optional[Dict[str, Any]] = None,
+        optimizer_identity: Optional[JsonObject] = None,
         run: Optional[RunFolder] = None,
     ):
         self.folder, self.world = config.trainer.checkpoint_folder or folder, world
@@ -84,7 +85,7 @@ class Checkpoints:
                 "trainer.checkpoint_folder"
             )
 
-    def save(self, model: DistributedModelParallel, optimizer: Any, state: Dict[str, Any], is_best: bool) -> None:
+    def save(self, model: DistributedModelParallel, optimizer: torch.optim.Optimizer, state: JsonObject, is_best: bool) -> None:
         """Saves everything; every rank calls it. `state` must hold "step" and "best_value".
 
         In the background, the tensors are copied to the CPU first, and an error (a full disk) is raised by the next
@@ -113,7 +114,7 @@ class Checkpoints:
         if error is not None:
             raise error
 
-    def load(self, which: str, model: nn.Module, optimizer: Optional[Any] = None) -> Dict[str, Any]:
+    def load(self, which: str, model: nn.Module, optimizer: Optional[torch.optim.Optimizer] = None) -> JsonObject:
         """Loads "last", "best" or a folder's name in place; returns the state that was saved with it.
 
         Raises UserError, on every rank, for a checkpoint that is missing, of another model, or damaged where a rank had
@@ -128,7 +129,9 @@ class Checkpoints:
             raise UserError(f"{join(self.folder, name)}: {problem}; use another checkpoint")
         return marker
 
-    def load_newest(self, model: nn.Module, optimizer: Any, report: Any) -> Optional[Dict[str, Any]]:
+    def load_newest(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, report: Callable[[str], None]
+    ) -> Optional[JsonObject]:
         """Loads the newest checkpoint that is whole, and reports every one that isn't, a line each.
 
         Nothing of a damaged one is left: what its reading has overwritten the one before overwrites again, all of it.
@@ -149,13 +152,13 @@ class Checkpoints:
             raise UserError(f"{self.folder}: every checkpoint is damaged; restore one, or train to another --output")
         return None
 
-    def _write_later(self, name: str, tensors: Dict[str, Any], marker: Dict[str, Any]) -> None:
+    def _write_later(self, name: str, tensors: JsonObject, marker: JsonObject) -> None:
         try:
             self._write(name, tensors, marker)
         except Exception as error:  # raised by `wait`
             self._error = error
 
-    def _write(self, name: str, tensors: Dict[str, Any], marker: Dict[str, Any]) -> None:
+    def _write(self, name: str, tensors: JsonObject, marker: JsonObject) -> None:
         path = join(self.folder, name)
         try:
             if self.world.is_main:
@@ -177,7 +180,7 @@ class Checkpoints:
             ) from error
         self._barrier()
 
-    def _finish(self, name: str, marker: Dict[str, Any]) -> None:
+    def _finish(self, name: str, marker: JsonObject) -> None:
         path = join(self.folder, name)
         unseen = storage.unseen(path, marker["files"])
         if unseen:
@@ -232,7 +235,7 @@ class Checkpoints:
         if marker is None:
             return None, problem
         self._check_identity(path, marker)
-        target: Dict[str, Any] = {"model": model.state_dict()}
+        target: JsonObject = {"model": model.state_dict()}
         if optimizer is not None:
             self._check_optimizer_identity(path, marker)
             create_optimizer_state(model, optimizer)
@@ -248,7 +251,7 @@ class Checkpoints:
             optimizer.load_state_dict(target["optimizer"])
         return marker, None
 
-    def _check_identity(self, path: str, marker: Dict[str, Any]) -> None:
+    def _check_identity(self, path: str, marker: JsonObject) -> None:
         if marker.get("format") not in READABLE:
             raise UserError(
                 f"{path}: a checkpoint of format {marker.get('format')}, this version reads {FORMAT}; train again"
@@ -261,7 +264,7 @@ class Checkpoints:
                     f"{self.identity.get(key)} here"
                 )
 
-    def _check_optimizer_identity(self, path: str, marker: Dict[str, Any]) -> None:
+    def _check_optimizer_identity(self, path: str, marker: JsonObject) -> None:
         saved = marker.get("trained_by", self.optimizer_identity)
         for key, value in self.optimizer_identity.items():
             if saved[key] != value:

@@ -6,7 +6,7 @@ itself puts there, each by its full name, and nothing else.
 
 import io
 import pickle
-from typing import Any
+from typing import Any, Union
 
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
@@ -40,7 +40,7 @@ class _MetadataUnpickler(pickle.Unpickler):
         raise UnknownClass(f"{module}.{name} is no part of a checkpoint, and was not run")
 
 
-def read_metadata(data: Any) -> Metadata:
+def read_metadata(data: Union[bytes, memoryview]) -> Metadata:
     """Reads DCP's metadata from the bytes of a .metadata file.
 
     Raises UnknownClass for a pickle that asks for anything but DCP's own classes, before any of it is called, and

@@ -19,8 +19,9 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.futures import Future
 
 from fuxi_torchrec.checkpoint.metadata import read_metadata
-from fuxi_torchrec.checkpoint.storage import BLOCK, CHUNK, Files
+from fuxi_torchrec.checkpoint.storage import BLOCK, CHUNK, Files, Path
 from fuxi_torchrec.distributed.private_api import FakeTensorMode, narrow_tensor_by_index, offset_in_checkpoint
+from fuxi_torchrec.files import JsonObject
 
 METADATA = ".metadata"
 # Saved items below this are read whole and unpacked by torch.load.
@@ -89,7 +90,7 @@ class Reader(FileSystemReader):
     Raises Damaged while it reads, which dcp.load makes a CheckpointException of on every rank.
     """
 
-    def __init__(self, path: str, files: Dict[str, Dict[str, Any]]):
+    def __init__(self, path: str, files: Dict[str, JsonObject]):
         super().__init__(path)
         # DCP asks no more of it than FileSystemBase has.
         self.fs = Files()  # type: ignore[assignment]
@@ -131,7 +132,7 @@ class Reader(FileSystemReader):
         return done
 
     @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+    def validate_checkpoint_id(cls, checkpoint_id: Path) -> bool:
         """Accepts every path: iopath knows which it can read."""
         return True
 
@@ -228,7 +229,7 @@ class Reader(FileSystemReader):
             raise Damaged(f"{name} has {size} of {expected} bytes")
         return size
 
-    def _said_of(self, name: str) -> Dict[str, Any]:
+    def _said_of(self, name: str) -> JsonObject:
         if name not in self.files:
             raise Damaged(f"{name} is not in the list of files")
         return self.files[name]

@@ -7,7 +7,7 @@ Shapes: T tokens, B users, K negatives, V items, D embedding, N padded length.
 """
 
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, List, Mapping, Optional
+from typing import Callable, Dict, List, Mapping, Optional, Sequence, Union
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from fuxi_torchrec.encoders.fuxi_beta import FuXiBlock, FuXiEncoder
 from fuxi_torchrec.encoders.hstu import HSTUEncoder
 from fuxi_torchrec.encoders.sasrec import SASRecEncoder
 from fuxi_torchrec.errors import UserError
+from fuxi_torchrec.files import JsonObject
 from fuxi_torchrec.ops.jagged import JaggedLayout
 from fuxi_torchrec.ops.row_wise.dispatch import l2_normalize
 from fuxi_torchrec.ops.sampled_softmax.reference import sampled_softmax_reference
@@ -190,7 +191,7 @@ def export_research_grads(encoder: SequenceEncoder, item_table_VD: Tensor) -> Di
     return {entry.name: entry.read(grad(entry.parameter), None) for entry in _entries(encoder, item_table_VD)}
 
 
-def model_config_from_research(config: Mapping[str, Any]) -> ModelConfig:
+def model_config_from_research(config: JsonObject) -> ModelConfig:
     """Translates the hyperparameters of a golden file's `config` into a ModelConfig.
 
     Raises:
@@ -214,10 +215,13 @@ def model_config_from_research(config: Mapping[str, Any]) -> ModelConfig:
     )
 
 
+Integers = Union[Tensor, np.ndarray, Sequence[int]]
+
+
 class ResearchModel(nn.Module):
     """Item table and encoder behind the research code's interface: 1-based ids, normalised outputs, no dropout."""
 
-    def __init__(self, config: Mapping[str, Any], params: Mapping[str, np.ndarray]) -> None:
+    def __init__(self, config: JsonObject, params: Mapping[str, np.ndarray]) -> None:
         super().__init__()
         model_config = model_config_from_research(config)
         self.temperature = float(config.get("temperature", 0.05))
@@ -228,7 +232,9 @@ class ResearchModel(nn.Module):
         self.given = {name: np.array(array) for name, array in params.items()}
         self.eval()
 
-    def forward(self, item_ids: Any, timestamps: Any, next_timestamps: Any, lengths: Any) -> Tensor:
+    def forward(
+        self, item_ids: Integers, timestamps: Integers, next_timestamps: Integers, lengths: Integers
+    ) -> Tensor:
         """Encodes a jagged batch; L2-normalised outputs [T, D].
 
         Args:
@@ -247,7 +253,7 @@ class ResearchModel(nn.Module):
         outputs_TD = self.encoder(x_TD, times_T.to(device), next_T.to(device), layout)
         return l2_normalize(outputs_TD, self.l2_eps)
 
-    def loss(self, outputs_TD: Tensor, target_ids: Any, negative_ids: Any) -> Tensor:
+    def loss(self, outputs_TD: Tensor, target_ids: Integers, negative_ids: Integers) -> Tensor:
         """Computes the mean sampled softmax of [T] targets against [T, K] negatives; a negative equal to its target
         is masked."""
         targets_T, negatives_TK = (torch.as_tensor(x).to(torch.int64) for x in (target_ids, negative_ids))
@@ -264,7 +270,7 @@ class ResearchModel(nn.Module):
         return nn.functional.embedding((ids - 1).to(self.item_table_VD.device), self.item_table_VD)
 
 
-def encoder_from_research(config: Mapping[str, Any], params: Mapping[str, np.ndarray]) -> ResearchModel:
+def encoder_from_research(config: JsonObject, params: Mapping[str, np.ndarray]) -> ResearchModel:
     """Builds the model of a golden file's `config` with its `param/…` arrays (prefix removed), in evaluation mode.
 
     Raises:

@@ -11,15 +11,21 @@ import shutil
 import time
 import zlib
 from contextlib import contextmanager
-from typing import Any, Dict, Iterable, Iterator, List, Optional
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Union
 
 import torch
 import yaml
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, FileSystemBase, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
+from fuxi_torchrec.files import JsonObject
 from fuxi_torchrec.paths import is_address, join, make_folder, names_in, path_manager
 from fuxi_torchrec.run.folder import CONFIG_FILE
 
+Path = Union[str, "os.PathLike[str]"]
 MARKER = "complete.json"
 PATIENCE = 10.0
 BLOCK = 1 << 26  # bytes of a file that have a checksum of their own: the least that is read
@@ -52,7 +58,7 @@ class _Counted:
         return view.nbytes
 
     @property
-    def written(self) -> Dict[str, Any]:
+    def written(self) -> JsonObject:
         return {"bytes": self.size, "crc32": " ".join(f"{crc:08x}" for crc in self.checksums)}
 
     def tell(self) -> int:
@@ -66,10 +72,10 @@ class Files(FileSystemBase):
     """A file system over iopath, as torch.distributed.checkpoint asks for one."""
 
     def __init__(self) -> None:
-        self.written: Dict[str, Dict[str, Any]] = {}  # file name -> bytes, crc32 of every BLOCK in hexadecimal
+        self.written: Dict[str, JsonObject] = {}  # file name -> bytes, crc32 of every BLOCK in hexadecimal
 
     @contextmanager
-    def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
+    def create_stream(self, path: Path, mode: str) -> Iterator[Any]:
         """Opens a file; one that is written is counted and checksummed on its way."""
         with path_manager().open(str(path), mode) as stream:
             if "w" not in mode:
@@ -83,32 +89,32 @@ class Files(FileSystemBase):
                 raise counted.error or error from None
         self.written[os.path.basename(str(path))] = counted.written
 
-    def concat_path(self, path: Any, suffix: str) -> str:
+    def concat_path(self, path: Path, suffix: str) -> str:
         """Joins a name to a folder."""
         return join(str(path), suffix)
 
-    def init_path(self, path: Any) -> str:
+    def init_path(self, path: Path) -> str:
         """Returns the path as it is."""
         return str(path)
 
-    def rename(self, path: Any, new_path: Any) -> None:
+    def rename(self, path: Path, new_path: Path) -> None:
         """Moves a file."""
         raise NotImplementedError("a bucket has no rename")
 
-    def mkdir(self, path: Any) -> None:
+    def mkdir(self, path: Path) -> None:
         """Makes a folder and those above it."""
         make_folder(str(path))
 
     @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+    def validate_checkpoint_id(cls, checkpoint_id: Path) -> bool:
         """Accepts every path: iopath knows which it can write."""
         return True
 
-    def exists(self, path: Any) -> bool:
+    def exists(self, path: Path) -> bool:
         """Tells whether there is such a file or folder."""
         return path_manager().exists(str(path))
 
-    def rm_file(self, path: Any) -> None:
+    def rm_file(self, path: Path) -> None:
         """Removes a file."""
         path_manager().rm(str(path))
 
@@ -124,11 +130,11 @@ class Writer(FileSystemWriter):
         self.path = path
 
     @property
-    def written(self) -> Dict[str, Dict[str, Any]]:
+    def written(self) -> Dict[str, JsonObject]:
         """Sizes and checksums of this rank's files, by name."""
         return self.files.written
 
-    def write_data(self, plan: Any, planner: Any) -> Any:
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> "Future[List[WriteResult]]":
         """Writes this rank's items of the plan."""
         # torch.save's zip has a checksum too, of the whole tensor before any of it is written: a pass over memory that
         # nothing reads again, since torch.load compares none.
@@ -139,7 +145,7 @@ class Writer(FileSystemWriter):
         finally:
             torch.serialization.set_crc32_options(before)
 
-    def finish(self, metadata: Any, results: List[List[Any]]) -> None:
+    def finish(self, metadata: Metadata, results: List[List[WriteResult]]) -> None:
         """Writes the metadata file."""
         # DCP's own writes aside and renames; here the marker says what is complete.
         metadata.version = CURRENT_DCP_VERSION
@@ -149,7 +155,7 @@ class Writer(FileSystemWriter):
             pickle.dump(metadata, stream)
 
     @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+    def validate_checkpoint_id(cls, checkpoint_id: Path) -> bool:
         """Accepts every path: iopath knows which it can write."""
         return True
 
@@ -159,7 +165,7 @@ def folders(parent: str) -> List[str]:
     return sorted((name for name in names_in(parent) if name.startswith("step-")), reverse=True)
 
 
-def read_marker(folder: str) -> Optional[Dict[str, Any]]:
+def read_marker(folder: str) -> Optional[JsonObject]:
     """Reads the marker of a checkpoint; None where there is none. Raises ValueError for one that is not readable."""
     path = join(folder, MARKER)
     if not path_manager().exists(path):
@@ -171,13 +177,13 @@ def read_marker(folder: str) -> Optional[Dict[str, Any]]:
     return marker
 
 
-def read_config(folder: str) -> Dict[str, Any]:
+def read_config(folder: str) -> JsonObject:
     """Reads the plain values, {section: {key: value}}, of the config that a checkpoint was made under."""
     with path_manager().open(join(folder, CONFIG_FILE), "rb") as file:
         return yaml.safe_load(file)
 
 
-def write_text(path: str, text: str) -> Dict[str, Any]:
+def write_text(path: str, text: str) -> JsonObject:
     """Writes a small file to the disk itself; returns its size and checksum."""
     with path_manager().open(path, "wb") as file:
         counted = _Counted(file)

@@ -2,11 +2,11 @@
 
 import json
 import sys
-from typing import Any, Dict, List
+from typing import Any, List
 
 from fuxi_torchrec.cli.output import print_splits, write_output
 from fuxi_torchrec.errors import UserError
-from fuxi_torchrec.files import write_aside
+from fuxi_torchrec.files import JsonObject, write_aside
 
 
 def evaluate_command(arguments: List[str]) -> int:
@@ -39,7 +39,7 @@ def evaluate_command(arguments: List[str]) -> int:
     return 0
 
 
-def _keep(saved: Any, line: Dict[str, Any], options: Any) -> None:
+def _keep(saved: Any, line: JsonObject, options: Any) -> None:
     """Writes the metrics into the run's folder, and where --output says: before they are shown, which may fail."""
     try:
         saved.run.append({**line, "command": "evaluate"})

@@ -3,12 +3,13 @@
 
 import os
 import pickle
-from typing import Any, Dict, List, Mapping, Optional
+from typing import Any, List, Mapping, Optional
 
 from fuxi_torchrec.cli.options import add_model_options, saved_model
 from fuxi_torchrec.config import Config
 from fuxi_torchrec.config.parsing import OneLineParser, add_config_arguments, make_paths_absolute, parse_config
 from fuxi_torchrec.errors import UserError
+from fuxi_torchrec.files import JsonObject
 from fuxi_torchrec.versions import check_environment
 
 TABLE_NAME = "_embedding_module._item_emb.weight"
@@ -99,7 +100,7 @@ def _import(checkpoint: str, config: Config, output: str) -> None:
             trainer.progression.close()
 
 
-def read_checkpoint(path: str) -> Dict[str, Any]:
+def read_checkpoint(path: str) -> JsonObject:
     """Reads {name: float array} of a research checkpoint, as DistributedDataParallel or the bare model saved it.
     Nothing but weights is unpickled. Raises UserError, naming the file."""
     import torch
@@ -120,7 +121,7 @@ def read_checkpoint(path: str) -> Dict[str, Any]:
     return {name: value.float().numpy() for name, value in named.items() if not name.endswith(BUFFERS)}
 
 
-def _check_tower(path: str, params: Mapping[str, Any], config: Config) -> None:
+def _check_tower(path: str, params: JsonObject, config: Config) -> None:
     for prefix, encoders in TOWERS.items():
         if any(name.startswith(prefix) for name in params) and config.model.encoder not in encoders:
             raise UserError(
@@ -131,7 +132,7 @@ def _check_tower(path: str, params: Mapping[str, Any], config: Config) -> None:
         raise UserError(f"{path}: parameter {TABLE_NAME} is missing; is this a checkpoint of the research code?")
 
 
-def _dense_rows(path: str, params: Mapping[str, Any], dataset: Any) -> Any:
+def _dense_rows(path: str, params: JsonObject, dataset: Any) -> Any:
     """The item table with a padding row and then the data set's items, whichever way the checkpoint has its rows."""
     import numpy as np
 

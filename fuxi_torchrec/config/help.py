@@ -44,8 +44,8 @@ class HelpFormatter(DefaultHelpFormatter):
             notes.append("default: %(default)s")
         if key and action.help == _docstrings()[action.dest]:
             notes.append(str(key.metadata.get("bounds", "")))
-        notes = "; ".join(filter(None, notes))
-        return (action.help or "") + (f" ({notes})" if notes else "")
+        note = "; ".join(filter(None, notes))
+        return (action.help or "") + (f" ({note})" if note else "")
 
 
 _METAVARS = {int: "N", float: "X", str: "TEXT", List[int]: "[N,...]"}

@@ -1,18 +1,20 @@
 """Configs from YAML files and the command line, by jsonargparse; and back to YAML."""
 
+import argparse
 import dataclasses
 import difflib
 import os
 import sys
-from typing import Any, Dict, List, NoReturn, Optional
+from typing import Any, List, NoReturn, Optional, Tuple
 
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 from fuxi_torchrec.config.help import HelpFormatter
 from fuxi_torchrec.config.rules import check
-from fuxi_torchrec.config.schema import Config
+from fuxi_torchrec.config.schema import Config, section_of
 from fuxi_torchrec.errors import UserError, one_line
+from fuxi_torchrec.files import JsonObject
 from fuxi_torchrec.paths import absolute
 
 # Keys that hold paths. In a file that is kept they are absolute: it is read from other folders too.
@@ -25,7 +27,7 @@ class OneLineParser(ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **{"allow_abbrev": False, "print_config": None, "formatter_class": HelpFormatter, **kwargs})
 
-    def add_argument(self, *names: Any, **options: Any) -> Any:
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
         """Adds an option; one --with-dashes is taken --with_underscores as well, which the help does not list."""
         action = super().add_argument(*names, **options)
         for name in names:
@@ -63,18 +65,18 @@ def check_file(path: str) -> None:
     check_keys(path, values or {})
 
 
-def check_keys(path: str, values: Any) -> None:
+def check_keys(path: str, values: object) -> None:
     """Checks that a config has every key of the nested `values`. Raises UserError, naming `path`, for one that none
     has."""
     _check_keys(path, values, _known_keys(), prefix="")
 
 
-def _known_keys() -> Dict[str, Any]:
-    sections = {field.name: field.default_factory for field in dataclasses.fields(Config)}
+def _known_keys() -> JsonObject:
+    sections = {field.name: section_of(field) for field in dataclasses.fields(Config)}
     return {name: {field.name: None for field in dataclasses.fields(section)} for name, section in sections.items()}
 
 
-def _check_keys(path: str, values: Any, known: Dict[str, Any], prefix: str) -> None:
+def _check_keys(path: str, values: Any, known: JsonObject, prefix: str) -> None:
     if not isinstance(values, dict):
         raise UserError(f"{path}: {prefix.rstrip('.') or 'the file'} must hold keys and values, not {values!r}")
     for key, value in values.items():
@@ -86,12 +88,12 @@ def _check_keys(path: str, values: Any, known: Dict[str, Any], prefix: str) -> N
             _check_keys(path, {} if value is None else value, known[key], f"{prefix}{key}.")
 
 
-def parse_config(parser: OneLineParser, path: str, arguments: List[str]) -> Any:
+def parse_config(parser: OneLineParser, path: str, arguments: List[str]) -> Tuple[Config, Namespace]:
     """Parses a config file with command-line options on top; returns (Config, namespace)."""
     return parse_options(parser, ["--config", path, *arguments])
 
 
-def parse_options(parser: OneLineParser, arguments: List[str]) -> Any:
+def parse_options(parser: OneLineParser, arguments: List[str]) -> Tuple[Config, Namespace]:
     """Parses command-line options alone, the config's defaults below them; returns (Config, namespace)."""
     files = [after for option, after in zip(arguments, arguments[1:]) if option == "--config"]
     files += [word.split("=", 1)[1] for word in arguments if word.startswith("--config=")]

@@ -6,9 +6,10 @@ together is in rules. No torch here: `--help` and config errors must answer at o
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Literal, Optional, Tuple
+from typing import Any, Dict, List, Literal, Optional, Tuple, Type
 
 from fuxi_torchrec.config.bounds import LARGEST_COUNT, LARGEST_INT32, LARGEST_INT64, Range, within
+from fuxi_torchrec.files import JsonObject
 
 __all__ = [  # what fuxi_torchrec.config hands on
     "CHANNEL_PRESETS",
@@ -279,9 +280,15 @@ class Config:
         """Rows of the position tables. The 11 is the papers' code: 10 output slots and one for the target."""
         return self.model.padded_length or self.data.max_sequence_length + 11
 
-    def to_dict(self) -> Dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """Returns the config as plain values, {section: {key: value}}."""
         return dataclasses.asdict(self)
+
+
+def section_of(section: dataclasses.Field) -> Type[Any]:
+    """Returns the class of a section, a field of Config."""
+    assert isinstance(section.type, type)
+    return section.type
 
 
 def config_keys() -> Dict[str, dataclasses.Field]:
@@ -289,7 +296,7 @@ def config_keys() -> Dict[str, dataclasses.Field]:
     return {
         f"{section.name}.{key.name}": key
         for section in dataclasses.fields(Config)
-        for key in dataclasses.fields(section.default_factory)
+        for key in dataclasses.fields(section_of(section))
     }
 
 

@@ -5,7 +5,7 @@ K negatives a position.
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, Callable, Dict, List, Optional, Sequence, TypeVar, Union
+from typing import Any, Callable, List, Optional, Sequence, TypeVar, Union
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
+from fuxi_torchrec.data.batch_sampler import StreamCursor
 from fuxi_torchrec.data.dataset import UserRows, ranges
 from fuxi_torchrec.data.negative_sampler import (
     InBatchItems,
@@ -22,7 +23,9 @@ from fuxi_torchrec.data.negative_sampler import (
     SharedNegatives,
 )
 from fuxi_torchrec.data.splits import Windows
+from fuxi_torchrec.files import JsonObject
 
+BEGINNING = StreamCursor()
 EVENTS, NEGATIVES = "events", "negatives"
 Record = TypeVar("Record", bound=Union["SequenceBatch", Negatives, InBatchItems])
 Move = Callable[[Any], Any]
@@ -53,7 +56,7 @@ class SequenceBatch(Pipelineable):
     user_ids_B: Tensor
     negatives: Optional[Negatives] = None
     target_log_prob_B: Optional[Tensor] = None
-    cursor: Any = None
+    cursor: StreamCursor = BEGINNING
 
     @property
     def num_tokens(self) -> int:
@@ -87,7 +90,7 @@ class SequenceBatch(Pipelineable):
 def _moved(record: Record, move: Move, kept: Sequence[str] = ()) -> Record:
     """A copy of a dataclass with every tensor moved, those of the records in it too, but for `kept`, which stay on the
     host."""
-    changes: Dict[str, Any] = {}
+    changes: JsonObject = {}
     for name in (field.name for field in fields(record) if field.name not in kept):
         value = getattr(record, name)
         if isinstance(value, (Tensor, KeyedJaggedTensor)):
@@ -102,7 +105,7 @@ def collate(
     windows: Windows,
     sampler: Optional[NegativeSampler] = None,
     step: int = 0,
-    cursor: Any = None,
+    cursor: StreamCursor = BEGINNING,
 ) -> SequenceBatch:
     """Builds the batch of some users' windows; no users give a batch of one empty one, with which a rank keeps step."""
     start_B, stop_B = windows.start_U, windows.stop_U

@@ -7,13 +7,14 @@ record, only one checksum over all bytes.
 import contextlib
 import hashlib
 import os
-from typing import Any, BinaryIO, Dict, Iterable, Iterator, List, Tuple
+from typing import BinaryIO, Dict, Iterable, Iterator, List, Tuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fuxi_torchrec.data.format import ITEMS_FILE, TRAIN_FOLDER, USERS_FILE, DatasetIdentity
 from fuxi_torchrec.errors import UserError, one_line
+from fuxi_torchrec.files import JsonObject
 from fuxi_torchrec.paths import join, names_in, path_manager
 
 ADVICE = "copy the data set again from where it is whole, or prepare it again"
@@ -31,7 +32,7 @@ def file_names(folder: str) -> List[str]:
     return [ITEMS_FILE, *part_names(folder), *users]
 
 
-def describe_files(folder: str, names: Iterable[str]) -> Tuple[Dict[str, Dict[str, Any]], str]:
+def describe_files(folder: str, names: Iterable[str]) -> Tuple[Dict[str, JsonObject], str]:
     """Reads every byte; returns the `files` and the `content_checksum` ("sha256:…" over all bytes) of dataset.json."""
     whole, files = hashlib.sha256(), {}
     for name in names:
@@ -68,7 +69,7 @@ def check_start(folder: str, identity: DatasetIdentity) -> None:
                     compare(path, size_and_rows(file), identity.files[name])
 
 
-def compare(path: str, found: Dict[str, Any], recorded: Dict[str, Any]) -> None:
+def compare(path: str, found: JsonObject, recorded: JsonObject) -> None:
     """Compares a file with its record in dataset.json. Raises UserError, naming what differs."""
     for key, value in found.items():
         if value != recorded.get(key):

@@ -15,6 +15,7 @@ from typing import Any, Dict, List, Optional
 import pyarrow as pa
 
 from fuxi_torchrec.errors import UserError
+from fuxi_torchrec.files import JsonObject
 from fuxi_torchrec.paths import join, path_manager
 
 # Version 1 is read for good. A key that is added gets a default here and raises the minor version, which this release
@@ -56,11 +57,11 @@ class DatasetIdentity:
     content_checksum: str  # "sha256:…" over items.parquet, the part files and users.parquet, where there is one
     columns: List[str] = field(default_factory=list)  # aligned list columns beyond item_ids and timestamps
     report: Dict[str, int] = field(default_factory=dict)
-    generator: Dict[str, Any] = field(default_factory=dict)  # synthetic data: every parameter of the generator
+    generator: JsonObject = field(default_factory=dict)  # synthetic data: every parameter of the generator
     # Synthetic data: the float64 column of `columns` that holds the generator's own log p of each event.
     log_prob_column: Optional[str] = None
     # Relative path of every Parquet file -> "bytes", "rows" (int) and "sha256" (hexadecimal); empty in schema 1.0.
-    files: Dict[str, Dict[str, Any]] = field(default_factory=dict)
+    files: Dict[str, JsonObject] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
     schema_minor: int = SCHEMA_MINOR
 
@@ -96,7 +97,7 @@ def read_identity(folder: str) -> DatasetIdentity:
     return DatasetIdentity(**_upgraded(values, minor))
 
 
-def _check_keys(path: str, values: Dict[str, Any], minor: Any) -> None:
+def _check_keys(path: str, values: JsonObject, minor: Any) -> None:
     """Raises UserError for a key that is missing, holds another type, or is unknown though this release knows them all."""
     fields = {f.name: f for f in dataclasses.fields(DatasetIdentity)}
     for name, key in fields.items():
@@ -112,7 +113,7 @@ def _check_keys(path: str, values: Dict[str, Any], minor: Any) -> None:
         raise UserError(f"{path}: unknown key {unknown[0]}; prepare the data set again")
 
 
-def _upgraded(values: Dict[str, Any], minor: int) -> Dict[str, Any]:
+def _upgraded(values: JsonObject, minor: int) -> JsonObject:
     """The keys that this release knows, in the meaning of its own minor version."""
     known = {f.name for f in dataclasses.fields(DatasetIdentity)} - {"schema_minor"}
     kept = {name: value for name, value in values.items() if name in known}

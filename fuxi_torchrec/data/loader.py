@@ -6,7 +6,7 @@ of an epoch can be assigned again to another number of ranks: no user is seen tw
 """
 
 from dataclasses import replace
-from typing import Any, Dict, Iterable, Iterator, List, Tuple
+from typing import Iterable, Iterator, List, Tuple
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from fuxi_torchrec.data.dataset import SequenceDataset, UserRows, concatenate
 from fuxi_torchrec.data.negative_sampler import NegativeSampler
 from fuxi_torchrec.data.splits import Windows, windows
 from fuxi_torchrec.errors import UserError
+from fuxi_torchrec.files import JsonObject
 
 # What decides the order of an epoch's users, and which users it has.
 EPOCH_ORDER = (
@@ -36,7 +37,7 @@ EPOCH_ORDER = (
 )
 
 
-def check_same_order(where: str, state: Dict[str, Any], config: Config) -> None:
+def check_same_order(where: str, state: JsonObject, config: Config) -> None:
     """Raises UserError, naming the key, where an epoch would go on in another order than it was begun in: users would be
     seen twice, others not at all. Between epochs the order may change.
 
@@ -62,7 +63,7 @@ def is_inside_epoch(cursors: Iterable[StreamCursor]) -> bool:
     return any(cursor.buffer or cursor.taken for cursor in cursors)
 
 
-def cursor_after(state: Dict[str, Any], rank: int, world_size: int) -> Tuple[StreamCursor, List[List[StreamCursor]]]:
+def cursor_after(state: JsonObject, rank: int, world_size: int) -> Tuple[StreamCursor, List[List[StreamCursor]]]:
     """Finds the resume point of one rank: its cursor, and the epoch's earlier assignments.
 
     At the same world size each rank takes its own cursor back; at another, in the middle of an epoch, every rank starts on a

@@ -14,7 +14,7 @@ import time
 import traceback
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, Callable, Dict, Iterator, List, Optional
+from typing import Any, Callable, Iterator, List, Optional
 
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
@@ -22,6 +22,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from fuxi_torchrec.distributed.private_api import own_store
 from fuxi_torchrec.distributed.world import World
 from fuxi_torchrec.errors import LostProcess, UserError, one_line
+from fuxi_torchrec.files import JsonObject
 
 FAILED, HEARD, NOTICED = "fuxi/failed", "fuxi/heard", "fuxi/noticed"
 PATIENCE = 5.0  # seconds: more than rank 0 needs to look, far less than a scheduler gives after a signal
@@ -188,7 +189,7 @@ def _wait_for(store: dist.Store, key: str) -> bool:
     return False
 
 
-def check_same_start(world: World, config: Dict[str, Any], output: str, content_checksum: str) -> None:
+def check_same_start(world: World, config: JsonObject, output: str, content_checksum: str) -> None:
     """Raises UserError where this rank's config, run folder or data set differs from rank 0's, naming the key.
 
     data.path may differ, as long as the content is the same.
@@ -203,7 +204,7 @@ def check_same_start(world: World, config: Dict[str, Any], output: str, content_
             raise UserError(f"{key}: {mine.get(key)} here and {first.get(key)} on rank 0; start all ranks alike")
 
 
-def _flat(config: Dict[str, Any]) -> Dict[str, Any]:
+def _flat(config: JsonObject) -> JsonObject:
     return {f"{section}.{key}": value for section, keys in config.items() for key, value in keys.items()}
 
 

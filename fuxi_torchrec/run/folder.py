@@ -7,13 +7,13 @@ metrics.jsonl grows line by line.
 import json
 import os
 from contextlib import ExitStack
-from typing import Any, Dict, List, Optional, Tuple
+from typing import List, Optional, Tuple
 
 from fuxi_torchrec.config import Config
 from fuxi_torchrec.config.parsing import load_config, to_yaml
 from fuxi_torchrec.data.format import IDENTITY_FILE, DatasetIdentity, read_identity, same_data
 from fuxi_torchrec.errors import UserError
-from fuxi_torchrec.files import file_aside, naming, write_aside
+from fuxi_torchrec.files import JsonObject, file_aside, naming, write_aside
 from fuxi_torchrec.paths import absolute, is_address, join
 from fuxi_torchrec.run.lock import Lock
 
@@ -192,14 +192,14 @@ class RunFolder:
         """Reads the identity of the data set that the run was trained on."""
         return read_identity(self.path)
 
-    def append(self, line: Dict[str, Any]) -> None:
+    def append(self, line: JsonObject) -> None:
         """Adds one JSON object to metrics.jsonl, by one write: an evaluation may add its line while the run goes on."""
         self.confirm()
         path = self._file(METRICS_FILE)
         with naming(path), open(path, "ab", buffering=0) as file:
             file.write(f"{json.dumps(line)}\n".encode())
 
-    def metrics(self) -> List[Dict[str, Any]]:
+    def metrics(self) -> List[JsonObject]:
         """Reads the lines of metrics.jsonl; one that is damaged, as a killed process may leave its last, is skipped."""
         path = self._file(METRICS_FILE)
         if not os.path.exists(path):

@@ -3,16 +3,16 @@
 import json
 import os
 from contextlib import contextmanager, suppress
-from typing import Any, Dict, Iterator, Optional
+from typing import Iterator, Optional
 
 from fuxi_torchrec.errors import LostProcess, UserError, one_line
-from fuxi_torchrec.files import write_aside
+from fuxi_torchrec.files import JsonObject, write_aside
 from fuxi_torchrec.run.folder import RunFolder
 
 OUTCOME_FILE = "outcome.json"
 
 
-def read_outcome(path: str) -> Optional[Dict[str, Any]]:
+def read_outcome(path: str) -> Optional[JsonObject]:
     """Reads the outcome of the run at `path`: {"status": "finished" | "failed" | "interrupted", "reason": one line,
     …}, and of a finished one what it was made of (Trainer.counted). None where no run is there, or where it is
     running or was killed."""
@@ -39,7 +39,7 @@ class OutcomeRecord:
         """Records a failure."""
         self.end("failed", reason)
 
-    def end(self, status: str, reason: str = "", **facts: Any) -> None:
+    def end(self, status: str, reason: str = "", **facts: object) -> None:
         """Writes the outcome, with further facts of the run."""
         if self.path is not None:
             write_aside(self.path, json.dumps({"status": status, "reason": reason, **facts}, indent=2) + "\n")

@@ -1,14 +1,18 @@
 """What a person and a program see of a run: a progress bar or plain lines, metrics.jsonl, TensorBoard, tables."""
 
 import sys
-from typing import Any, Dict, List, Optional
+from typing import TYPE_CHECKING, Dict, List, Optional
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from fuxi_torchrec.files import JsonObject
 from fuxi_torchrec.run.folder import RunFolder
 from fuxi_torchrec.run.tensorboard import ScalarWriter
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 TABLE_METRICS = ("ndcg@10", "ndcg@50", "hr@10", "hr@50", "mrr", "cross_entropy")
 WIDEST = 200
@@ -40,7 +44,7 @@ class Progression:
             self.bar.update(self.task, completed=done)
             self.bar.start()
 
-    def training(self, line: Dict[str, Any]) -> None:
+    def training(self, line: JsonObject) -> None:
         """Reports a training line: step, epoch, loss, tokens_per_second, mfu where it is known, learning_rate."""
         if self.curves is None:  # not rank 0
             return
@@ -60,7 +64,7 @@ class Progression:
         if self.bar:
             self.bar.update(self.task, completed=done)
 
-    def evaluation(self, line: Dict[str, Any]) -> None:
+    def evaluation(self, line: JsonObject) -> None:
         """Reports an evaluation line: split, step, epoch and every metric by name."""
         if self.curves is None:  # not rank 0
             return
@@ -89,7 +93,7 @@ class Progression:
             self.curves.close()
 
 
-def print_results(rows: Dict[str, Dict[str, Any]], title: str) -> None:
+def print_results(rows: Dict[str, JsonObject], title: str) -> None:
     """Prints a titled table on standard output: a row a model, a column a metric; below it, how far from the floor the
     models are, where the data have one."""
     first = next(iter(rows.values()))
@@ -109,9 +113,9 @@ def print_results(rows: Dict[str, Dict[str, Any]], title: str) -> None:
             print(f"{model}'s cross-entropy is {above:.4f} ± {error:.4f} above the data's floor of {floor:.4f}")
 
 
-def print_recommendations(recommendations: Any) -> None:
+def print_recommendations(recommendations: "pa.Table") -> None:
     """Prints a table a user on standard output, of recommend.to_table's columns."""
-    by_user: Dict[str, List[Dict[str, Any]]] = {}
+    by_user: Dict[str, List[JsonObject]] = {}
     for row in recommendations.to_pylist():
         by_user.setdefault(row["user"], []).append(row)
     for user, rows in by_user.items():

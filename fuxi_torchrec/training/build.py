@@ -1,7 +1,7 @@
 """A run's trainer, put together: every rank calls it."""
 
 import sys
-from typing import Any, Dict, Optional
+from typing import Optional
 
 import torch
 
@@ -13,6 +13,7 @@ from fuxi_torchrec.data.loader import TrainingStream, check_same_order, cursor_a
 from fuxi_torchrec.data.negative_sampler import NegativeSampler, training_frequency
 from fuxi_torchrec.distributed.world import World
 from fuxi_torchrec.errors import UserError
+from fuxi_torchrec.files import JsonObject
 from fuxi_torchrec.profiling.peak_flops import peak_flops
 from fuxi_torchrec.profiling.trace import StepProfile
 from fuxi_torchrec.run.folder import RunFolder
@@ -84,7 +85,7 @@ def build_trainer(
 
 
 def _check_resumable(
-    saved: Optional[Dict[str, Any]], config: Config, dataset: SequenceDataset, run: RunFolder, world: World, folder: str
+    saved: Optional[JsonObject], config: Config, dataset: SequenceDataset, run: RunFolder, world: World, folder: str
 ) -> None:
     """Raises UserError where a checkpoint's state cannot be gone on with, or checkpoints are lost; forgets on rank 0 what
     the run's records say of later steps. saved: the state, None where no checkpoint was ever completed in `folder`."""

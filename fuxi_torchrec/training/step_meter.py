@@ -2,13 +2,14 @@
 
 import math
 import time
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
 
 from fuxi_torchrec.distributed.world import World
 from fuxi_torchrec.errors import AGAINST_DIVERGENCE, UserError
+from fuxi_torchrec.files import JsonObject
 
 
 class _Unread(NamedTuple):
@@ -91,13 +92,13 @@ class StepRecord:
         """Whether no loss has been added since `take`."""
         return not self._unread and not self._losses
 
-    def take(self, now: int) -> Dict[str, Any]:
+    def take(self, now: int) -> JsonObject:
         """Returns loss, tokens_per_second, and mfu where a peak is known, of the steps since the last call; see
         `read`."""
         self.read(now)
         self.lap()  # reading waits for the device
         tokens, seconds = sum(count for _, count in self._losses), max(self._seconds, 1e-9)
-        line: Dict[str, Any] = {
+        line: JsonObject = {
             "loss": sum(loss * count for loss, count in self._losses) / tokens,
             "tokens_per_second": self._tokens / seconds,
         }

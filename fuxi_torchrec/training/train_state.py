@@ -1,10 +1,11 @@
 """Where a run stands: what it counts, what a checkpoint holds of it beside tensors, and what is due there."""
 
-from typing import Any, Dict, Optional
+from typing import Optional
 
 from fuxi_torchrec.config import Config
 from fuxi_torchrec.data.loader import StreamCursor
 from fuxi_torchrec.evaluation.metrics import is_better
+from fuxi_torchrec.files import JsonObject
 
 # Of a checkpoint's state; `positions` and `deals`, of all ranks, are the loader's.
 COUNTED = ("users_seen", "tokens", "flops", "best_value", "without_better", "evaluated_step", "evaluation_due")
@@ -28,11 +29,11 @@ class RunState:
         self.evaluated_step = -1
         self.evaluation_due = False  # where a signal has put one off
 
-    def to_dict(self) -> Dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """Returns what a checkpoint keeps, as plain values."""
         return {"step": self.step, "epoch": self.epochs_done, **{name: getattr(self, name) for name in COUNTED}}
 
-    def restore(self, state: Dict[str, Any], cursor: StreamCursor) -> None:
+    def restore(self, state: JsonObject, cursor: StreamCursor) -> None:
         """Takes over a checkpoint's state."""
         self.cursor = cursor
         for name in COUNTED:

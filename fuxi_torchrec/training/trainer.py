@@ -26,6 +26,7 @@ from fuxi_torchrec.distributed.world import World
 from fuxi_torchrec.encoders.mixing import MixingEncoder
 from fuxi_torchrec.evaluation.evaluate import Stopped, evaluate
 from fuxi_torchrec.evaluation.popularity import popularity
+from fuxi_torchrec.files import JsonObject
 from fuxi_torchrec.profiling.flops import FORWARD_AND_BACKWARD, encoder_flops, loss_flops, non_embedding_parameters
 from fuxi_torchrec.profiling.stages import stage
 from fuxi_torchrec.profiling.trace import StepProfile
@@ -161,7 +162,7 @@ class Trainer:
                 self.profile.close()
             self.progression.close()
 
-    def counted(self) -> Dict[str, Any]:
+    def counted(self) -> JsonObject:
         """Sums up what the run is made of and took so far: sizes, tokens (over all ranks and epochs, of an early end
         too) and exact FLOPs."""
         config = self.config

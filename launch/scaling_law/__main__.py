@@ -13,12 +13,12 @@ from typing import Any, Dict, List, Optional, Tuple
 
 from fuxi_torchrec.cli.streams import run_on_streams
 from fuxi_torchrec.errors import UserError, one_line
-from fuxi_torchrec.files import write_aside
+from fuxi_torchrec.files import JsonObject, write_aside
 from launch.scaling_law.fit import PARAMETERS
 from launch.scaling_law.study import FLOPS, NEEDED, PLACES, Study
 
 
-def read_results(path: str) -> List[Dict[str, Any]]:
+def read_results(path: str) -> List[JsonObject]:
     """Reads the finished runs of a results table: a sweep's folder, or a .parquet or .csv file of one. Raises
     UserError."""
     if os.path.isdir(path):
@@ -42,7 +42,7 @@ def read_results(path: str) -> List[Dict[str, Any]]:
     return finished
 
 
-def _read_table(path: str) -> List[Dict[str, Any]]:
+def _read_table(path: str) -> List[JsonObject]:
     try:
         if path.endswith(".csv"):
             with open(path, newline="", encoding="utf-8") as file:
@@ -65,9 +65,9 @@ def _value(text: Optional[str]) -> Any:
         return text
 
 
-def studies_of(rows: List[Dict[str, Any]]) -> List[Study]:
+def studies_of(rows: List[JsonObject]) -> List[Study]:
     """Groups the runs to one study for each catalogue size and encoder."""
-    groups: Dict[Tuple[int, str], List[Dict[str, Any]]] = {}
+    groups: Dict[Tuple[int, str], List[JsonObject]] = {}
     for row in rows:
         groups.setdefault((int(row["items"]), row.get("model.encoder") or ""), []).append(row)
     return [Study(*key, groups[key]) for key in sorted(groups)]
@@ -95,7 +95,7 @@ def write_report(studies: List[Study], source: str, folder: str) -> str:
     return os.path.join(folder, "report.md")
 
 
-def _fits(studies: List[Study]) -> Dict[str, Any]:
+def _fits(studies: List[Study]) -> JsonObject:
     return {
         study.label: {
             **asdict(study.fit.law),

@@ -1,11 +1,12 @@
 """A sweep's results as one study: its runs as points of a loss over size and tokens."""
 
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import List, NamedTuple, Optional, Tuple
 
 import numpy as np
 
 from fuxi_torchrec.errors import UserError
+from fuxi_torchrec.files import JsonObject
 from launch.scaling_law.fit import PARAMETERS, Cost, Fit, fit, frontier
 
 LOSS, NDCG = "test/cross_entropy", "test/ndcg@10"
@@ -33,7 +34,7 @@ class Study:
 
     items: int
     encoder: str  # empty where the sweep does not vary it
-    rows: List[Dict[str, Any]]
+    rows: List[JsonObject]
     fit: Fit = field(init=False)
 
     def __post_init__(self) -> None:

@@ -24,6 +24,7 @@ import yaml
 
 from fuxi_torchrec.config.parsing import OneLineParser, add_config_arguments, check_file, check_keys, parse_config
 from fuxi_torchrec.errors import UserError, one_line
+from fuxi_torchrec.files import JsonObject
 
 DIAL = "dial"
 KEYS = ("config", "set", "seeds", "width_per_block", "grid", "prepare")
@@ -45,7 +46,7 @@ class PlannedRun:
     """
 
     name: str
-    varied: Dict[str, Any]
+    varied: JsonObject
     config: str
     overrides: List[str]
     least_epochs: int = 0
@@ -94,7 +95,7 @@ def read_plan(path: str) -> SweepPlan:
     return SweepPlan(list(runs.values()), _preparations(path, values))
 
 
-def _read(path: str) -> Dict[str, Any]:
+def _read(path: str) -> JsonObject:
     try:
         with open(path, encoding="utf-8") as file:
             values = yaml.safe_load(file)
@@ -110,13 +111,13 @@ def _read(path: str) -> Dict[str, Any]:
     return values
 
 
-def _mapping(path: str, key: str, value: Any) -> Dict[str, Any]:
+def _mapping(path: str, key: str, value: Any) -> JsonObject:
     if value is not None and not isinstance(value, dict):
         raise UserError(f"{path}: {key} must hold keys and values, not {value!r}")
     return value or {}
 
 
-def _combinations(path: str, values: Dict[str, Any]) -> Iterator[Dict[str, Any]]:
+def _combinations(path: str, values: JsonObject) -> Iterator[JsonObject]:
     """{key: value} of every run: each grid's product, times the seeds where a grid has none of its own."""
     grids = values.get("grid") or {}
     for grid in grids if isinstance(grids, list) else [grids]:
@@ -132,13 +133,13 @@ def _combinations(path: str, values: Dict[str, Any]) -> Iterator[Dict[str, Any]]
             yield dict(zip(grid, combination))
 
 
-def _varying(combinations: List[Dict[str, Any]]) -> List[str]:
+def _varying(combinations: List[JsonObject]) -> List[str]:
     """Keys that differ between runs, in order of appearance: a run without a key differs from one with it."""
     keys = dict.fromkeys(key for combination in combinations for key in combination)
     return [key for key in keys if len({json.dumps(c.get(key), default=str) for c in combinations}) > 1]
 
 
-def _without_dial(path: str, combination: Dict[str, Any], values: Dict[str, Any]) -> Dict[str, Any]:
+def _without_dial(path: str, combination: JsonObject, values: JsonObject) -> JsonObject:
     if DIAL not in combination:
         return combination
     blocks, width = combination[DIAL], values.get("width_per_block")
@@ -149,7 +150,7 @@ def _without_dial(path: str, combination: Dict[str, Any], values: Dict[str, Any]
     return {**dialled, **{key: value for key, value in combination.items() if key != DIAL}}
 
 
-def _check_settings(path: str, settings: Dict[str, Any]) -> None:
+def _check_settings(path: str, settings: JsonObject) -> None:
     for key in settings:
         section, _, name = str(key).partition(".")
         check_keys(path, {section: {name: None}} if name else {section: {}})
@@ -161,7 +162,7 @@ def _word(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _name(varying: Dict[str, Any], identity: str) -> str:
+def _name(varying: JsonObject, identity: str) -> str:
     """Same settings, same name: a sweep started again finds its runs by it."""
     parts = []
     for key, value in varying.items():
@@ -172,7 +173,7 @@ def _name(varying: Dict[str, Any], identity: str) -> str:
     return f"{readable}-{digest}" if readable else f"run-{digest}"
 
 
-def _preparations(path: str, values: Dict[str, Any]) -> Dict[str, List[str]]:
+def _preparations(path: str, values: JsonObject) -> Dict[str, List[str]]:
     preparations = {}
     for folder, arguments in _mapping(path, "prepare", values.get("prepare")).items():
         words = shlex.split(arguments) if isinstance(arguments, str) else []

@@ -12,10 +12,10 @@ import sys
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Callable, Dict, Iterator, List, Optional
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional
 
 from fuxi_torchrec.errors import UserError
-from fuxi_torchrec.files import write_aside
+from fuxi_torchrec.files import JsonObject, write_aside
 from fuxi_torchrec.run.folder import RunFolder
 from fuxi_torchrec.run.outcome import OUTCOME_FILE, read_outcome
 from launch import jobs
@@ -23,6 +23,9 @@ from launch.place import Place
 from launch.sweep.orphans import MARK, stop_orphans
 from launch.sweep.plan import SweepPlan
 from launch.sweep.table import live_view, result_row, write_results
+
+if TYPE_CHECKING:
+    from torchx.runner import Runner
 
 JOBS_FILE, LOCK_FILE = "jobs.json", "lock"
 LOCAL = ("local_cwd",)
@@ -61,8 +64,8 @@ class Sweep:
         runner: a torchx Runner.
     """
 
-    def __init__(self, plan: SweepPlan, folder: str, place: Place, scheduler: str, cfg: Dict[str, Any],
-                 concurrency: int, runner: Any):  # fmt: skip
+    def __init__(self, plan: SweepPlan, folder: str, place: Place, scheduler: str, cfg: JsonObject,
+                 concurrency: int, runner: "Runner"):  # fmt: skip
         self.plan, self.folder, self.place, self.runner = plan, os.path.abspath(folder), place, runner
         self.scheduler, self.cfg, self.concurrency = scheduler, cfg, concurrency
         self.is_local = scheduler in LOCAL
@@ -72,7 +75,7 @@ class Sweep:
         self.jobs = {name: Job(**job) for name, job in self._read_jobs().items() if name in self.runs}
         self.jobs = {name: self.jobs.get(name, Job()) for name in self.runs}
         self.slots: Dict[str, int] = {}  # of running jobs, 0 … concurrency − 1
-        self.results: Dict[str, Dict[str, Any]] = {}  # of runs that are over
+        self.results: Dict[str, JsonObject] = {}  # of runs that are over
         self.messages: List[str] = []
 
     def run(self, retry_failed: bool, show: Callable[[Optional[str]], None]) -> None:
@@ -88,7 +91,7 @@ class Sweep:
                 return
             time.sleep(POLL_SECONDS[self.is_local])
 
-    def rows(self) -> List[Dict[str, Any]]:
+    def rows(self) -> List[JsonObject]:
         """Returns the results table, a row a run, in the sweep's order."""
         rows = []
         for name, job in self.jobs.items():
@@ -192,7 +195,7 @@ class Sweep:
             show(None)
         self.messages.clear()
 
-    def _read_jobs(self) -> Dict[str, Any]:
+    def _read_jobs(self) -> JsonObject:
         try:
             with open(os.path.join(self.folder, JOBS_FILE), encoding="utf-8") as file:
                 return json.load(file)
@@ -273,7 +276,7 @@ def run_plan(
     return Ended(sweep.jobs, 1 if sweep.failed else 0)
 
 
-def _scheduler_options(runner: Any, scheduler: str, text: str) -> Dict[str, Any]:
+def _scheduler_options(runner: Any, scheduler: str, text: str) -> JsonObject:
     known = runner.scheduler_backends()
     if scheduler not in known:
         raise UserError(f"--scheduler: {scheduler} is none of {', '.join(known)}")

@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterator, List, Optional
+from typing import Any, Callable, Iterator, List, Optional
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from fuxi_torchrec.files import file_aside
+from fuxi_torchrec.files import JsonObject, file_aside
 from fuxi_torchrec.run.folder import METRICS_FILE, RunFolder
 from fuxi_torchrec.run.outcome import read_outcome
 
@@ -23,7 +23,7 @@ MOST_ROWS = 30  # of the live table
 TAIL_BYTES = 4096
 
 
-def result_row(folder: str) -> Dict[str, Any]:
+def result_row(folder: str) -> JsonObject:
     """Summarises the run in `folder`: of outcome.json all but status and reason, the last training loss, the median
     rate, and the metrics of the kept model by "split/metric"."""
     facts = {key: value for key, value in (read_outcome(folder) or {}).items() if key not in ("status", "reason")}
@@ -39,7 +39,7 @@ def result_row(folder: str) -> Dict[str, Any]:
     return facts
 
 
-def last_line(folder: str) -> Dict[str, Any]:
+def last_line(folder: str) -> JsonObject:
     """Reads the newest whole line of a run's metrics.jsonl, from the end of the file; {} where there is none."""
     try:
         with open(os.path.join(folder, METRICS_FILE), "rb") as file:
@@ -55,7 +55,7 @@ def last_line(folder: str) -> Dict[str, Any]:
     return {}
 
 
-def write_results(folder: str, rows: List[Dict[str, Any]]) -> None:
+def write_results(folder: str, rows: List[JsonObject]) -> None:
     """Writes results.parquet and results.csv, each whole or not at all."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     columns = {name: _column([row.get(name) for row in rows]) for name in names}
@@ -78,7 +78,7 @@ def _column(values: List[Any]) -> List[Any]:
 
 
 @contextmanager
-def live_view(rows: Callable[[], List[Dict[str, Any]]], title: str) -> Iterator[Callable[[Optional[str]], None]]:
+def live_view(rows: Callable[[], List[JsonObject]], title: str) -> Iterator[Callable[[Optional[str]], None]]:
     """Shows the table while a sweep runs. Yields show(message): a terminal has the table redrawn, anything else gets the
     message as a line, if there is any."""
     console = Console(stderr=True)
@@ -89,7 +89,7 @@ def live_view(rows: Callable[[], List[Dict[str, Any]]], title: str) -> Iterator[
         yield lambda message: live.update(render(rows(), title), refresh=True)
 
 
-def render(rows: List[Dict[str, Any]], title: str) -> Table:
+def render(rows: List[JsonObject], title: str) -> Table:
     """Makes the table that is shown: running and failed runs first, as many of the others as fit."""
     order = {"running": 0, "failed": 1, "finished": 2, "waiting": 3}
     counts = {status: sum(row["status"] == status for row in rows) for status in order}
