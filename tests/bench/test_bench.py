@@ -63,7 +63,7 @@ def test_the_files_say_the_same(results):
         (("--lengths", "128,1"), "--lengths: 1 is too short; a sequence has at least 2 events"),
         (("--tokens", "100"), "--tokens: 100 are fewer than the longest of --lengths, 8192"),
         (("--tokens", "1000000000000"), "fuxi_beta with 1,000,000,000,000 tokens needs about"),
-        (("--model.embedding_dim", "10000000"), "GB are free; ask for fewer --tokens or --items"),
+        (("--model.embedding_dim", "10000000"), "model.embedding_dim: 10000000 must be at most 65536"),
         (("--steps", "x"), "steps"),
         (("--items", "0"), "--items: 0 must be at least 1"),
         (("--items", "1000000000000"), "GB are free; ask for fewer --tokens or --items"),
