@@ -7,7 +7,7 @@ Shapes: T tokens, B users, K negatives, V items, D embedding, N padded length.
 """
 
 from dataclasses import dataclass
-from typing import Callable, Dict, List, Mapping, Optional, Sequence, Union
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Type, Union
 
 import numpy as np
 import torch
@@ -17,8 +17,8 @@ from fuxi_torchrec.config import ModelConfig
 from fuxi_torchrec.encoders import ENCODERS, build_encoder
 from fuxi_torchrec.encoders.base import SequenceEncoder
 from fuxi_torchrec.encoders.fuxi_beta import FuXiBlock, FuXiEncoder
-from fuxi_torchrec.encoders.hstu import HSTUEncoder
-from fuxi_torchrec.encoders.sasrec import SASRecEncoder
+from fuxi_torchrec.encoders.hstu import HSTUBlock, HSTUEncoder
+from fuxi_torchrec.encoders.sasrec import SASRecBlock, SASRecEncoder
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.files import JsonObject
 from fuxi_torchrec.ops.jagged import JaggedLayout
@@ -100,11 +100,11 @@ def _fuxi_entries(block: FuXiBlock, index: int) -> List[_Entry]:
             _Entry(prefix + "_mffn.lin3.weight", (hidden, D), block.ffn_in_weight, ours=lambda w: w[hidden:]),
         ]
     bias = prefix + "_rel_attn_bias."
-    for name, mixer in block.mixers.items():
+    for name, mixer in block.channel_parameters().items():
         if name == "positional":
-            entries.append(_lags(bias + "_pos_w", mixer.weight_N))
+            entries.append(_lags(bias + "_pos_w", mixer.get_parameter("weight_N")))
         elif name == "bucketed_temporal":
-            entries.append(_direct(bias + "_ts_w", mixer.weight))
+            entries.append(_direct(bias + "_ts_w", mixer.get_parameter("weight")))
         else:
             entries += [_direct(bias + _form_name(mixer.kind, ours), p) for ours, p in mixer.named_parameters()]
     return entries
@@ -119,18 +119,18 @@ def _form_name(form: str, ours: str) -> str:
     return "_" + name.replace("linear_", "lin_")
 
 
-def _hstu_entries(block: nn.Module, index: int) -> List[_Entry]:
+def _hstu_entries(block: HSTUBlock, index: int) -> List[_Entry]:
     prefix = f"_hstu._attention_layers.{index}."
     return [
         _direct(prefix + "_uvqk", block.input_weight),
-        _direct(prefix + "_rel_attn_bias._ts_w", block.bucketed_temporal.weight),
-        _lags(prefix + "_rel_attn_bias._pos_w", block.positional.weight_N),
+        _direct(prefix + "_rel_attn_bias._ts_w", block.bucketed_temporal.get_parameter("weight")),
+        _lags(prefix + "_rel_attn_bias._pos_w", block.positional.get_parameter("weight_N")),
         _direct(prefix + "_o.weight", block.output_weight),
         _direct(prefix + "_o.bias", block.output_bias),
     ]
 
 
-def _sasrec_entries(block: nn.Module, index: int) -> List[_Entry]:
+def _sasrec_entries(block: SASRecBlock, index: int) -> List[_Entry]:
     attention, forward = f"attention_layers.{index}.", f"forward_layers.{index}._conv1d."
 
     def convolution(name: str, weight: Tensor) -> _Entry:
@@ -148,7 +148,11 @@ def _sasrec_entries(block: nn.Module, index: int) -> List[_Entry]:
     ]
 
 
-_BLOCK_ENTRIES = {FuXiEncoder: _fuxi_entries, HSTUEncoder: _hstu_entries, SASRecEncoder: _sasrec_entries}
+_BLOCK_ENTRIES: Dict[Type[SequenceEncoder], Callable[[Any, int], List[_Entry]]] = {
+    FuXiEncoder: _fuxi_entries,
+    HSTUEncoder: _hstu_entries,
+    SASRecEncoder: _sasrec_entries,
+}
 
 
 def load_research_params(encoder: SequenceEncoder, item_table_VD: Tensor, params: Mapping[str, np.ndarray]) -> None:
@@ -202,13 +206,14 @@ def model_config_from_research(config: JsonObject) -> ModelConfig:
             raise UserError(f"reference config: key {key!r} is missing")
     if config["model"] not in ENCODERS:
         raise UserError(f"reference config: unknown model {config['model']!r}, choose from {', '.join(ENCODERS)}")
+    width = int(config["embedding_dim"])
     return ModelConfig(
         encoder=config["model"],
-        embedding_dim=int(config["embedding_dim"]),
+        embedding_dim=width,
         num_blocks=int(config["num_blocks"]),
         num_heads=int(config["num_heads"]),
-        value_dim=int(config.get("value_dim", config["embedding_dim"])),
-        qk_dim=int(config.get("qk_dim", config["embedding_dim"])),
+        value_dim=int(config.get("value_dim", width)),
+        qk_dim=int(config.get("qk_dim", width)),
         ffn_multiply=config.get("ffn_multiply", 1),
         bias_function=config.get("bias_function", "pow"),
         padded_length=int(config["padded_length"]),

@@ -15,6 +15,14 @@ from fuxi_torchrec.ops.jagged import JaggedLayout
 from fuxi_torchrec.ops.row_wise.dispatch import add_positions
 
 
+class EncoderBlock(nn.Module):
+    """A block of an encoder: `forward` takes x_TD and what the encoder's `batch_context` made."""
+
+    def reset_parameters(self) -> None:
+        """Draws every parameter anew."""
+        raise NotImplementedError
+
+
 class SequenceEncoder(nn.Module):
     """An encoder: jagged item embeddings and times in, one output per row. It knows nothing of tables, losses, files
     or ranks.
@@ -42,6 +50,7 @@ class SequenceEncoder(nn.Module):
         """Draws every parameter anew (also after meta-device construction and `to_empty`)."""
         self.reset_positions()
         for block in self.blocks:
+            assert isinstance(block, EncoderBlock)
             block.reset_parameters()
 
     def reset_positions(self) -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fuxi_torchrec.config import ModelConfig
-from fuxi_torchrec.encoders.base import SequenceEncoder, reset_linear_bias
+from fuxi_torchrec.encoders.base import EncoderBlock, SequenceEncoder, reset_linear_bias
 from fuxi_torchrec.encoders.channels import ChannelParameters
 from fuxi_torchrec.ops.jagged import JaggedLayout
 from fuxi_torchrec.ops.pointwise_attention import squared_relu_attention
@@ -21,7 +21,7 @@ from fuxi_torchrec.ops.row_wise.dispatch import dropout, layer_norm, silu_split
 EPS = 1e-6
 
 
-class FLASHBlock(nn.Module):
+class FLASHBlock(EncoderBlock):
     """A gated attention unit. input_weight and input_bias make u [E], v [E] and z [q], in this order; scale_2q and
     offset_2q turn z into queries (row 0) and keys (row 1)."""
 
@@ -66,7 +66,7 @@ class FLASHBlock(nn.Module):
     @torch.compiler.disable
     def mix(self, q_T1q: Tensor, k_T1q: Tensor, v_T1E: Tensor, layout: JaggedLayout) -> Tensor:
         """Attention, [T, 1, E]."""
-        return squared_relu_attention(q_T1q, k_T1q, v_T1E, layout, self.positional.weight_N)
+        return squared_relu_attention(q_T1q, k_T1q, v_T1E, layout, self.positional.get_parameter("weight_N"))
 
 
 class FLASHEncoder(SequenceEncoder):

@@ -15,7 +15,7 @@ FuXi-α (arXiv 2502.03036) is the same block with other channels, and so is ever
 Shapes: T tokens, D embedding, H heads, d value and q query/key size per head, E = H * d, C channels, F feed-forward width.
 """
 
-from typing import Sequence, Tuple
+from typing import List, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -68,7 +68,8 @@ class FuXiBlock(MixingBlock):
         """Projects to gates u [T, C * H * d], values v [T, H * d] and queries beside keys [T, 2 * H * q] (1)."""
         values = self.num_heads * self.value_dim
         z_TW = rms_norm(x_TD) @ self.input_weight
-        return silu_split(z_TW, (self.mixed_width, values, z_TW.shape[1] - self.mixed_width - values))
+        u, v_TE, queries_keys = silu_split(z_TW, (self.mixed_width, values, z_TW.shape[1] - self.mixed_width - values))
+        return u, v_TE, queries_keys
 
     @torch.compiler.disable
     def mix(self, v_TE: Tensor, queries_keys: Tensor, context: MixingContext) -> Tensor:
@@ -119,10 +120,15 @@ class FuXiEncoder(MixingEncoder):
         blocks = [FuXiBlock(config, self.channels, padded_length) for _ in range(config.num_blocks)]
         super().__init__(config, blocks, padded_length, time_unit)
 
+    def fuxi_blocks(self) -> List[FuXiBlock]:
+        """Returns the blocks, as what they are."""
+        return [block for block in self.blocks if isinstance(block, FuXiBlock)]
+
     @property
     def value_width(self) -> int:
         """Width of a block's values, H * d."""
-        return self.blocks[0].num_heads * self.blocks[0].value_dim
+        first = self.fuxi_blocks()[0]
+        return first.num_heads * first.value_dim
 
     def block_values(
         self, embeddings_TD: Tensor, timestamps_T: Tensor, next_timestamps_T: Tensor, layout: JaggedLayout
@@ -131,7 +137,7 @@ class FuXiEncoder(MixingEncoder):
         self.check_fits(layout)
         x_TD = self.input_step(embeddings_TD, layout.position_T)
         context, values = self.batch_context(timestamps_T, next_timestamps_T, layout), []
-        for block in self.blocks:
+        for block in self.fuxi_blocks():
             u, v_TE, queries_keys = block.project(x_TD)
             x_TD = block.residual_stages(x_TD, u, block.mix(v_TE, queries_keys, context))
             values.append(v_TE)

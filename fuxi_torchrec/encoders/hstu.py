@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fuxi_torchrec.config import ModelConfig
-from fuxi_torchrec.encoders.base import SequenceEncoder, reset_linear_bias
+from fuxi_torchrec.encoders.base import EncoderBlock, SequenceEncoder, reset_linear_bias
 from fuxi_torchrec.encoders.channels import ChannelParameters
 from fuxi_torchrec.ops.jagged import JaggedLayout
 from fuxi_torchrec.ops.pointwise_attention import silu_attention
@@ -31,7 +31,7 @@ class HSTUContext:
     gaps: TimeGaps
 
 
-class HSTUBlock(nn.Module):
+class HSTUBlock(EncoderBlock):
     """One HSTU layer. input_weight makes u, v, q, k in this order."""
 
     def __init__(self, config: ModelConfig, padded_length: int) -> None:
@@ -66,7 +66,7 @@ class HSTUBlock(nn.Module):
     @torch.compiler.disable
     def mix(self, q_THq: Tensor, k_THq: Tensor, v_THd: Tensor, context: HSTUContext) -> Tensor:
         """Attends to each user's earlier rows, [T, H, d]."""
-        weights = (self.positional.weight_N, self.bucketed_temporal.weight)
+        weights = (self.positional.get_parameter("weight_N"), self.bucketed_temporal.get_parameter("weight"))
         return silu_attention(q_THq, k_THq, v_THd, context.layout, 1 / self.padded_length, *weights, context.gaps)
 
 
@@ -82,6 +82,6 @@ class HSTUEncoder(SequenceEncoder):
         """Makes the buckets of the batch's time gaps, once for all blocks."""
         gaps = TimeGaps(timestamps_T, next_timestamps_T, layout, self.time_unit)
         # Attention reads its buckets strip by strip, as blocked token mixing does: made here, they are kept in gaps.
-        channels = [block.bucketed_temporal.channel() for block in self.blocks]
+        channels = [block.bucketed_temporal.channel() for block in self.blocks if isinstance(block, HSTUBlock)]
         plan_mixing(channels[0][1][0], layout, channels, gaps, "blocked")
         return HSTUContext(layout, gaps)

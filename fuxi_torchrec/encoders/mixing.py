@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fuxi_torchrec.config import ModelConfig
-from fuxi_torchrec.encoders.base import SequenceEncoder
+from fuxi_torchrec.encoders.base import EncoderBlock, SequenceEncoder
 from fuxi_torchrec.encoders.channels import ChannelParameters
 from fuxi_torchrec.ops.jagged import JaggedLayout
 from fuxi_torchrec.ops.token_mixing.dispatch import MixingPlan, mix_by_plan, plan_mixing
@@ -31,7 +31,7 @@ class MixingContext:
     plans: Dict[PlanKey, MixingPlan]
 
 
-class MixingBlock(nn.Module):
+class MixingBlock(EncoderBlock):
     """A block with channels in `mixers`, by name; subclasses add the rest."""
 
     def __init__(self, config: ModelConfig, channels: Sequence[str], padded_length: int) -> None:
@@ -42,23 +42,27 @@ class MixingBlock(nn.Module):
             {name: ChannelParameters(kinds.get(name, name), padded_length) for name in channels}
         )
 
+    def channel_parameters(self) -> Dict[str, ChannelParameters]:
+        """Returns the channels' parameters by name."""
+        return {name: mixer for name, mixer in self.mixers.items() if isinstance(mixer, ChannelParameters)}
+
     def reset_mixers(self) -> None:
         """Draws the channels' parameters anew."""
-        for mixer in self.mixers.values():
+        for mixer in self.channel_parameters().values():
             mixer.reset_parameters()
 
     def mixing_channels(self) -> List[Channel]:
         """Returns what `mix_by_plan` takes."""
-        return [mixer.channel() for mixer in self.mixers.values()]
+        return [mixer.channel() for mixer in self.channel_parameters().values()]
 
     @property
     def plan_key(self) -> PlanKey:
         """Key that tells this block's mixing plan from another block's."""
-        return (self.token_mixing, *(mixer.kind for mixer in self.mixers.values()))
+        return (self.token_mixing, *(mixer.kind for mixer in self.channel_parameters().values()))
 
     def check_mixing(self) -> None:
         """Checks whether `linear` token mixing is good for the temporal channel's parameters as they are."""
-        within = all(mixer.suits_linear() for mixer in self.mixers.values())
+        within = all(mixer.suits_linear() for mixer in self.channel_parameters().values())
         if self.asked_mixing in ("auto", "linear"):
             self.token_mixing = self.asked_mixing if within else "exact"
 
@@ -91,14 +95,19 @@ class MixingEncoder(SequenceEncoder):
     def check_mixing(self) -> None:
         """Checks whether linear token mixing is as exact as promised for the parameters' present values; what isn't
         is computed exactly until the next look. It reads values from the device, so a trainer calls it when it logs."""
-        for block in self.blocks:
+        for block in self.mixing_blocks():
             block.check_mixing()
+
+    def mixing_blocks(self) -> List[MixingBlock]:
+        """Returns the blocks, as what they are."""
+        return [block for block in self.blocks if isinstance(block, MixingBlock)]
 
     def batch_context(self, timestamps_T: Tensor, next_timestamps_T: Tensor, layout: JaggedLayout) -> MixingContext:
         """Plans the batch's mixing, once for all blocks that mix alike."""
         gaps = TimeGaps(timestamps_T, next_timestamps_T, layout, self.time_unit, self.mixing_tolerance)
-        like, plans = self._values_like(), {}
-        for block in self.blocks:
+        like = self._values_like()
+        plans: Dict[PlanKey, MixingPlan] = {}
+        for block in self.mixing_blocks():
             if block.mixers and block.plan_key not in plans:
                 channels = block.mixing_channels()
                 plans[block.plan_key] = plan_mixing(like, layout, channels, gaps, block.token_mixing)

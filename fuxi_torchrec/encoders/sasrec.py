@@ -7,13 +7,14 @@ Shapes: T tokens, D embedding, H heads, d = D / H, F feed-forward width; in a le
 """
 
 import math
+from typing import Callable, Dict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fuxi_torchrec.config import ModelConfig
-from fuxi_torchrec.encoders.base import SequenceEncoder, reset_linear_bias
+from fuxi_torchrec.encoders.base import EncoderBlock, SequenceEncoder, reset_linear_bias
 from fuxi_torchrec.ops.jagged import JaggedLayout, from_slots, to_slots
 from fuxi_torchrec.ops.row_wise.dispatch import dropout, layer_norm, wide
 
@@ -55,7 +56,8 @@ class FeedForward(nn.Module):
         super().__init__()
         D, hidden = config.embedding_dim, int(config.embedding_dim * config.ffn_multiply)
         self.dropout = config.dropout
-        self.activation = {"relu": F.relu, "gelu": F.gelu}[config.activation]
+        activations: Dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
+        self.activation = activations[config.activation]
         self.in_weight = nn.Parameter(torch.empty(hidden, D))
         self.in_bias = nn.Parameter(torch.empty(hidden))
         self.out_weight = nn.Parameter(torch.empty(D, hidden))
@@ -80,7 +82,7 @@ def reset_sasrec_positions(position_embedding_ND: Tensor) -> None:
     nn.init.trunc_normal_(position_embedding_ND, std=std, a=-2 * std, b=2 * std)
 
 
-class SASRecBlock(nn.Module):
+class SASRecBlock(EncoderBlock):
     """Attention and feed-forward layer. attention_in_weight holds query, key and value, one above the other."""
 
     def __init__(self, config: ModelConfig) -> None:

@@ -14,7 +14,7 @@ blocks.
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.ops.jagged import JaggedLayout
 from fuxi_torchrec.ops.token_mixing.exponential_sums import B_RANGE, power_law_sum
 from fuxi_torchrec.ops.token_mixing.registry import CHANNELS, STREAMING
+
+if TYPE_CHECKING:
+    from fuxi_torchrec.encoders.fuxi_beta import FuXiBlock, FuXiEncoder
 
 
 class StateFull(ValueError):
@@ -103,51 +106,54 @@ class _Temporal:
         return self.amplitude * torch.exp(-self.scalar * seconds_B.log1p().float())
 
 
-def _temporal(encoder, block) -> Optional[_Temporal]:
+def _temporal(encoder: "FuXiEncoder", block: "FuXiBlock") -> Optional[_Temporal]:
     """None for a block without a temporal channel, or whose function is zero."""
-    mixer = block.mixers["temporal"] if "temporal" in block.mixers else None
+    mixer = block.channel_parameters().get("temporal")
     if mixer is None or mixer.kind == "zero":
         return None
+    a, b = mixer.get_parameter("a"), mixer.get_parameter("b")
     if mixer.kind == "exp":
-        rates_K = mixer.b.detach().double().exp()
-        return _Temporal(mixer.a, "exp", mixer.b, rates_K, None)
+        return _Temporal(a, "exp", b, b.detach().double().exp(), None)
     power = power_law_sum(encoder.mixing_tolerance)
-    weights_K, _ = power.weights_K(mixer.b)
-    return _Temporal(mixer.a, "pow", mixer.b, power.rates_K(mixer.b.device), weights_K.float())
+    weights_K, _ = power.weights_K(b)
+    return _Temporal(a, "pow", b, power.rates_K(b.device), weights_K.float())
 
 
-def _sums(encoder) -> int:
+def _sums(encoder: "FuXiEncoder") -> int:
     """K: how many sums a block keeps, the same for all blocks of an encoder."""
-    kinds = {block.mixers["temporal"].kind for block in encoder.blocks if "temporal" in block.mixers}
+    kinds = {
+        block.channel_parameters()["temporal"].kind for block in encoder.fuxi_blocks() if "temporal" in block.mixers
+    }
     return {"pow": power_law_sum(encoder.mixing_tolerance).terms, "exp": 1}.get(kinds.pop() if kinds else "zero", 0)
 
 
-def check_streamable(encoder) -> None:
+def check_streamable(encoder: "FuXiEncoder") -> None:
     """Checks that a state of fixed size can stand for the past, and that dropout is off. Raises UserError."""
     if encoder.training:
         raise UserError("streaming needs the encoder in eval mode: dropout would make every answer another one")
     known = ", ".join(name for name, record in CHANNELS.items() if STREAMING in record.versions)
     if "semantic" in encoder.channels:
         raise UserError(f"model.channels: semantic has no state of fixed size; streaming knows {known}")
-    for number, block in enumerate(encoder.blocks):
-        for name, mixer in block.mixers.items():
+    for number, block in enumerate(encoder.fuxi_blocks()):
+        for name, mixer in block.channel_parameters().items():
             if STREAMING not in mixer.record.versions:
                 key = "model.bias_function" if name == "temporal" else "model.channels"
                 raise UserError(f"{key}: {mixer.kind} has no state of fixed size; streaming knows {known}")
             if not mixer.suits_linear():
+                b = mixer.get_parameter("b").item()
                 raise UserError(
-                    f"blocks.{number}.mixers.{name}.b: {mixer.b.item():.4g} is outside {B_RANGE}, where the power law "
-                    "is a sum of exponentials"
+                    f"blocks.{number}.mixers.{name}.b: {b:.4g} is outside {B_RANGE}, where the power law is a sum "
+                    "of exponentials"
                 )
 
 
-def empty_state(encoder, batch: int) -> StreamingState:
+def empty_state(encoder: "FuXiEncoder", batch: int) -> StreamingState:
     """Makes the state of `batch` users without events."""
     check_streamable(encoder)
     parameter = encoder.position_embedding_ND
     L, N, E, K = len(encoder.blocks), encoder.padded_length, encoder.value_width, _sums(encoder)
 
-    def zeros(*shape, dtype=torch.float32):
+    def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(batch, *shape, dtype=dtype, device=parameter.device)
 
     return StreamingState(
@@ -163,7 +169,7 @@ def empty_state(encoder, batch: int) -> StreamingState:
 
 
 @torch.no_grad()
-def observe(encoder, state: StreamingState, item_embedding_BD: Tensor, timestamp_B: Tensor) -> None:
+def observe(encoder: "FuXiEncoder", state: StreamingState, item_embedding_BD: Tensor, timestamp_B: Tensor) -> None:
     """Takes an event of every user, in place; see `FuXiEncoder.observe`."""
     check_streamable(encoder)
     _check_event(encoder, state, item_embedding_BD)
@@ -180,7 +186,7 @@ def observe(encoder, state: StreamingState, item_embedding_BD: Tensor, timestamp
 
 
 @torch.no_grad()
-def query(encoder, state: StreamingState, at_B: Tensor) -> Tensor:
+def query(encoder: "FuXiEncoder", state: StreamingState, at_B: Tensor) -> Tensor:
     """Computes the output of every user's newest event for a request at a time; see `FuXiEncoder.query`."""
     check_streamable(encoder)
     if not bool(state.has_pending_B.all()):
@@ -191,7 +197,7 @@ def query(encoder, state: StreamingState, at_B: Tensor) -> Tensor:
 
 @torch.no_grad()
 def state_of(
-    encoder, embeddings_TD: Tensor, timestamps_T: Tensor, layout: JaggedLayout
+    encoder: "FuXiEncoder", embeddings_TD: Tensor, timestamps_T: Tensor, layout: JaggedLayout
 ) -> StreamingState:
     """Computes the state after whole histories, by one full pass; see `FuXiEncoder.state_of`."""
     check_streamable(encoder)
@@ -213,12 +219,14 @@ def state_of(
     return state
 
 
-def _fill(encoder, state: StreamingState, values_TLE: Tensor, timestamps_T: Tensor, layout: JaggedLayout) -> None:
+def _fill(
+    encoder: "FuXiEncoder", state: StreamingState, values_TLE: Tensor, timestamps_T: Tensor, layout: JaggedLayout
+) -> None:
     """Values and sums of all events but each user's last."""
     final_T = layout.position_T < (layout.lengths_B - 1)[layout.user_T]
     user_F, position_F = layout.user_T[final_T], layout.position_T[final_T]
     seconds_F = (state.anchor_B[user_F] - timestamps_T[final_T]).clamp(min=0).double() * encoder.time_unit
-    for level, block in enumerate(encoder.blocks):
+    for level, block in enumerate(encoder.fuxi_blocks()):
         values_FE = values_TLE[final_T, level]
         if state.values_BLNE.shape[2]:
             state.values_BLNE[user_F, level, position_F] = values_FE
@@ -229,7 +237,7 @@ def _fill(encoder, state: StreamingState, values_TLE: Tensor, timestamps_T: Tens
                 state.sums_BLKE[:, level, k].index_add_(0, user_F, decayed_FE)
 
 
-def _run(encoder, state: StreamingState, next_B: Tensor) -> Tuple[Tensor, Tensor]:
+def _run(encoder: "FuXiEncoder", state: StreamingState, next_B: Tensor) -> Tuple[Tensor, Tensor]:
     """The pending row through all blocks with next_B as its next time: output [B, D] and v of every block [B, L, E]."""
     since_B, own_B = (
         (next_B - before_B).clamp(min=0).double() * encoder.time_unit
@@ -237,7 +245,7 @@ def _run(encoder, state: StreamingState, next_B: Tensor) -> Tuple[Tensor, Tensor
     )
     x_BD = encoder.input_step(state.pending_BD, state.count_B)
     values = []
-    for level, block in enumerate(encoder.blocks):
+    for level, block in enumerate(encoder.fuxi_blocks()):
         u, v_BE, _ = block.project(x_BD)
         parts = [
             _mixed(encoder, block, name, state, level, v_BE, since_B, own_B).unflatten(1, (block.num_heads, block.value_dim))
@@ -248,10 +256,19 @@ def _run(encoder, state: StreamingState, next_B: Tensor) -> Tuple[Tensor, Tensor
     return x_BD, torch.stack(values, 1)
 
 
-def _mixed(encoder, block, name: str, state: StreamingState, level: int, v_BE, since_B, own_B) -> Tensor:
+def _mixed(
+    encoder: "FuXiEncoder",
+    block: "FuXiBlock",
+    name: str,
+    state: StreamingState,
+    level: int,
+    v_BE: Tensor,
+    since_B: Tensor,
+    own_B: Tensor,
+) -> Tensor:
     """One channel's output, [B, E]."""
     if name == "positional":
-        return state.past_BLE[:, level] + block.mixers[name].weight_N[0] * v_BE
+        return state.past_BLE[:, level] + block.channel_parameters()[name].get_parameter("weight_N")[0] * v_BE
     temporal = _temporal(encoder, block)
     if temporal is None:
         return torch.zeros_like(v_BE)
@@ -262,7 +279,7 @@ def _mixed(encoder, block, name: str, state: StreamingState, level: int, v_BE, s
     return past_BE + temporal.at(own_B)[:, None] * v_BE
 
 
-def _finalise(encoder, state: StreamingState, values_BLE: Tensor) -> None:
+def _finalise(encoder: "FuXiEncoder", state: StreamingState, values_BLE: Tensor) -> None:
     """The pending events of those users who have one enter values and sums; the anchor moves to their time."""
     users = state.has_pending_B.nonzero()[:, 0]
     whole = len(users) == state.num_users
@@ -270,7 +287,7 @@ def _finalise(encoder, state: StreamingState, values_BLE: Tensor) -> None:
         state.values_BLNE[users, :, state.count_B[users]] = values_BLE[users]
     moved_B = torch.where(state.count_B > 0, state.pending_time_B - state.anchor_B, 0)
     seconds_B = moved_B.clamp(min=0).double() * encoder.time_unit
-    for level, block in enumerate(encoder.blocks):
+    for level, block in enumerate(encoder.fuxi_blocks()):
         temporal = _temporal(encoder, block)
         if temporal is None:
             continue
@@ -283,14 +300,15 @@ def _finalise(encoder, state: StreamingState, values_BLE: Tensor) -> None:
     state.count_B = state.count_B + state.has_pending_B
 
 
-def _sum_positions(encoder, state: StreamingState) -> None:
+def _sum_positions(encoder: "FuXiEncoder", state: StreamingState) -> None:
     """past[b] = Σ_{j < n_b} weight_N[n_b - j] v_j: it depends on nothing that is still to come."""
     if not state.values_BLNE.shape[2]:
         return
     n = int(state.count_B.max())
     lag_Bn = state.count_B[:, None] - torch.arange(n, device=state.count_B.device)
-    for level, block in enumerate(encoder.blocks):
-        weight_Bn = block.mixers["positional"].weight_N[lag_Bn.clamp(min=0)].masked_fill(lag_Bn <= 0, 0)
+    for level, block in enumerate(encoder.fuxi_blocks()):
+        weight_N = block.channel_parameters()["positional"].get_parameter("weight_N")
+        weight_Bn = weight_N[lag_Bn.clamp(min=0)].masked_fill(lag_Bn <= 0, 0)
         state.past_BLE[:, level] = torch.bmm(weight_Bn[:, None], state.values_BLNE[:, level, :n])[:, 0]
 
 
@@ -308,7 +326,7 @@ def _times(state: StreamingState, times_B: Tensor) -> Tensor:
     return times_B
 
 
-def _check_event(encoder, state: StreamingState, item_embedding_BD: Tensor) -> None:
+def _check_event(encoder: "FuXiEncoder", state: StreamingState, item_embedding_BD: Tensor) -> None:
     if item_embedding_BD.shape != (state.num_users, encoder.embedding_dim):
         raise ValueError(
             f"embeddings of shape {tuple(item_embedding_BD.shape)}: the state holds {state.num_users} users of width "

@@ -70,7 +70,7 @@ def _positional_forward(y_PHd: Tensor, v_PE: Tensor, slots: Slots, weight_N: Ten
             y_nGHd[first:last] = y_RGE.view(last - first, group.users, H, d)
 
 
-def _positional_backward(grad_v_PE, grad_PE, v_PE, slots: Slots, weight_N) -> Tensor:
+def _positional_backward(grad_v_PE: Tensor, grad_PE: Tensor, v_PE: Tensor, slots: Slots, weight_N: Tensor) -> Tensor:
     grad_weight_N = torch.zeros_like(weight_N)
     for first, groups in slots.strips():
         rows = min(jagged.STRIP_ROWS, slots.max_length - first)
@@ -87,7 +87,7 @@ def _positional_backward(grad_v_PE, grad_PE, v_PE, slots: Slots, weight_N) -> Te
     return grad_weight_N
 
 
-def _temporal_forward(y_PHd, v_PE, gaps: StripGaps, name: str, params) -> None:
+def _temporal_forward(y_PHd: Tensor, v_PE: Tensor, gaps: StripGaps, name: str, params: Sequence[Tensor]) -> None:
     H, d = y_PHd.shape[1:]
     time_map = TIME_MAPS[name]
     factor = time_map.factor(params)
@@ -104,7 +104,9 @@ def _temporal_forward(y_PHd, v_PE, gaps: StripGaps, name: str, params) -> None:
             y_nGHd[first:last] = y_GRE.view(group.users, last - first, H, d).transpose(0, 1)
 
 
-def _temporal_backward(grad_v_PE, grad_PE, v_PE, gaps: StripGaps, name: str, params) -> List[Tensor]:
+def _temporal_backward(
+    grad_v_PE: Tensor, grad_PE: Tensor, v_PE: Tensor, gaps: StripGaps, name: str, params: Sequence[Tensor]
+) -> List[Tensor]:
     time_map = TIME_MAPS[name]
     factor = time_map.factor(params)
     grad_params = [torch.zeros_like(p) for p in params]

@@ -168,8 +168,10 @@ def _linear_from(
     is_known = LINEAR in CHANNELS[name].versions
     if implementation in ("blocked", "exact") or not is_known or layout.max_length <= LINEAR_FROM:
         return None
-    # A scan over chunks takes time to run forwards.
-    return LINEAR_FROM if CHANNELS[name].time_map is None or gaps.are_sorted else None
+    if CHANNELS[name].time_map is None:
+        return LINEAR_FROM
+    assert gaps is not None
+    return LINEAR_FROM if gaps.are_sorted else None  # a scan over chunks takes time to run forwards
 
 
 def _features(

@@ -71,7 +71,9 @@ def _decay(exponent: Tensor) -> Tensor:
     """e^(-exponent), overwriting; zero where the product of two of them would be denormal. (Denormal numbers are slow, and
     so is an exponential that underflows: 8x on a CPU.)"""
     smallest = torch.finfo(exponent.dtype).tiny ** 0.5
-    return F.threshold_(exponent.clamp_(max=1 - math.log(smallest)).neg_().exp_(), smallest, 0.0)
+    # (torch's stubs leave threshold_ out.)
+    return F.threshold_(  # type: ignore[attr-defined]
+        exponent.clamp_(max=1 - math.log(smallest)).neg_().exp_(), smallest, 0.0)
 
 
 @dataclass
@@ -87,8 +89,8 @@ class Factors:
 
 def power_factors(features: Sequence[Tensor], b: Tensor, weights_K: Tensor) -> Factors:
     """Makes the factors of (1 + x)^(-b), from `power_features`."""
-    log_MLL, *far = features
-    return Factors(torch.mul(log_MLL, -b).exp_().tril_(), *far, weights_K)
+    log_MLL, read_XLK, write_XLK, hop_XK = features
+    return Factors(torch.mul(log_MLL, -b).exp_().tril_(), read_XLK, write_XLK, hop_XK, weights_K)
 
 
 def exponential_factors(gaps: Sequence[Tensor], rate: Tensor) -> Factors:

@@ -132,7 +132,9 @@ def _rate(b: Tensor) -> Tensor:
     return b.clamp(max=LARGEST_EXPONENT).exp()
 
 
-def _temporal_backward(grad_v_nHd, grad_nHd, v_nHd, gaps: LinearGaps, user: int, params) -> List[Tensor]:
+def _temporal_backward(
+    grad_v_nHd: Tensor, grad_nHd: Tensor, v_nHd: Tensor, gaps: LinearGaps, user: int, params: Sequence[Tensor]
+) -> List[Tensor]:
     n, (a, b) = len(v_nHd), params
     features = gaps.of_user(user)
     factors = _factors(gaps, features, b)
@@ -149,7 +151,15 @@ def _temporal_backward(grad_v_nHd, grad_nHd, v_nHd, gaps: LinearGaps, user: int,
     return [grads.near_MLL.sum() + weights_K @ grads.weights_K, a * by_b]
 
 
-def _exp_gradients(grads: ScanGradients, grad_MLE, v_MLE, factors: Factors, features, a, b) -> List[Tensor]:
+def _exp_gradients(
+    grads: ScanGradients,
+    grad_MLE: Tensor,
+    v_MLE: Tensor,
+    factors: Factors,
+    features: Sequence[Tensor],
+    a: Tensor,
+    b: Tensor,
+) -> List[Tensor]:
     near_MLL, read_XL1, write_XL1, hop_X1 = features
     states, by_states = grads.states_XKE, grads.grad_states_XKE
     by_rate = torch.dot(grads.near_MLL.view(-1), near_MLL.reshape(-1))

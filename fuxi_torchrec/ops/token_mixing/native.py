@@ -4,7 +4,7 @@ No padding, no length groups, no map in memory: six rows of a map are made in th
 makes them again. Work grows with the sum of squared lengths: `linear` overtakes it for long sequences.
 """
 
-from typing import List, Optional, Sequence, Tuple
+from typing import Any, List, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -82,7 +82,13 @@ def backward_of_users(
     return _parameter_gradients(names, params, grad_lags, sums_2)
 
 
-def _arguments_of_users(values_THd, users, times: Times, params, names: List[str]):
+Places = Tuple[Union[Tensor, int, None], ...]
+Arguments = Tuple[Places, Optional[Tensor], Places, Tuple[float, float, float]]
+
+
+def _arguments_of_users(
+    values_THd: Tensor, users: Sequence[Tuple[int, int]], times: Times, params: Sequence[Tensor], names: List[str]
+) -> Arguments:
     rows = [row for first, n in users for row in (first, first + n)]
     offsets_2B = torch.tensor(rows, dtype=torch.int64, device="cpu")
     tasks_K3 = row_tasks([n for _, n in users], TASK_ROWS)
@@ -123,7 +129,16 @@ def _mix(
 
 
 @_mix.register_fake
-def _(values_THd, offsets_B1, tasks_K3, times, params, kinds, longest, time_unit):
+def _(
+    values_THd: Tensor,
+    offsets_B1: Tensor,
+    tasks_K3: Tensor,
+    times: Sequence[Tensor],
+    params: Sequence[Tensor],
+    kinds: str,
+    longest: int,
+    time_unit: float,
+) -> Tensor:
     T, H, d = values_THd.shape
     return values_THd.new_empty(T, H, len(kinds.split()), d)
 
@@ -156,17 +171,27 @@ def _mix_backward(
 
 
 @_mix_backward.register_fake
-def _(grad_THCd, values_THd, offsets_B1, tasks_K3, times, params, kinds, longest, time_unit):
+def _(
+    grad_THCd: Tensor,
+    values_THd: Tensor,
+    offsets_B1: Tensor,
+    tasks_K3: Tensor,
+    times: Sequence[Tensor],
+    params: Sequence[Tensor],
+    kinds: str,
+    longest: int,
+    time_unit: float,
+) -> List[Tensor]:
     return [values_THd.new_empty(values_THd.shape), *map(torch.empty_like, params)]
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
     values_THd, offsets_B1, tasks_K3, times, params, *ctx.settings = inputs
     ctx.sizes = len(times), len(params)
     ctx.save_for_backward(values_THd, offsets_B1, tasks_K3, *times, *params)
 
 
-def _backward(ctx, grad_THCd):
+def _backward(ctx: Any, grad_THCd: Tensor) -> Tuple[Any, ...]:
     values_THd, offsets_B1, tasks_K3, *rest = ctx.saved_tensors
     times, params = rest[: ctx.sizes[0]], rest[ctx.sizes[0] :]
     grad_THd, *grad_params = _mix_backward(grad_THCd, values_THd, offsets_B1, tasks_K3, times, params, *ctx.settings)
@@ -182,7 +207,7 @@ def _rows_at_one_distance(values_THd: Tensor) -> Tensor:
     return values_THd if values_THd.stride()[1:] == (d, 1) else values_THd.contiguous()
 
 
-def _by_kind(names, params):
+def _by_kind(names: Sequence[str], params: Sequence[Tensor]) -> Tuple[Optional[Tensor], Optional[Channel]]:
     """(positional weights, name and parameters of the temporal channel), None where there is none."""
     start, weight_N, temporal = 0, None, None
     for name in names:
@@ -195,7 +220,16 @@ def _by_kind(names, params):
     return weight_N, temporal
 
 
-def _arguments(values_THd, offsets_B1, tasks_K3, times, params, names: List[str], longest: int, time_unit: float):
+def _arguments(
+    values_THd: Tensor,
+    offsets_B1: Tensor,
+    tasks_K3: Tensor,
+    times: Sequence[Tensor],
+    params: Sequence[Tensor],
+    names: List[str],
+    longest: int,
+    time_unit: float,
+) -> Arguments:
     """The kernels' arguments: where the rows are, the lag weights, the sizes, and the scalars.
 
     Raises:
@@ -243,16 +277,20 @@ def _factor_and_rate(name: str, params: Sequence[Tensor]) -> Tuple[float, float]
     return a.item(), (b if name == "pow" else b.exp()).item()
 
 
-def _parameter_gradients(names, params, grad_lags: Tensor, sums_2: Tensor) -> List[Tensor]:
+def _parameter_gradients(
+    names: Sequence[str], params: Sequence[Tensor], grad_lags: Tensor, sums_2: Tensor
+) -> List[Tensor]:
     """d/da = Σ dA U; d/db = −a Σ dA U L, times e^b for `exp`, whose rate is e^b."""
     gradients = []
     weight_N, temporal = _by_kind(names, params)
     for name in names:
         if name == "positional":
+            assert weight_N is not None
             grad_N = torch.zeros_like(weight_N)
             grad_N[: len(grad_lags)] = grad_lags
             gradients.append(grad_N)
         elif _is_temporal(name):
+            assert temporal is not None
             a, b = temporal[1]
             slope = sums_2[1].float() * -a
             gradients += [sums_2[0].float().view_as(a), (slope if name == "pow" else slope * b.exp()).view_as(b)]

@@ -7,7 +7,7 @@ Shapes: T tokens, P padded slots, H heads, d value size per head, E = H * d, C c
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -33,13 +33,27 @@ class _Mixing:
     in_c: bool
 
     @classmethod
-    def of(cls, times, slots, features, params, kinds: str, linear_from, in_c: bool, time_unit: float, tolerance: float):
-        rest, channels = list(params), []
+    def of(
+        cls,
+        times: Sequence[Tensor],
+        slots: Sequence[Tensor],
+        features: Sequence[Tensor],
+        params: Sequence[Tensor],
+        kinds: str,
+        linear_from: Optional[int],
+        in_c: bool,
+        time_unit: float,
+        tolerance: float,
+    ) -> "_Mixing":
+        channels: List[Channel] = []
+        rest = list(params)
         for name in kinds.split():
             count = len(CHANNELS[name].parameters)
             channels.append((name, rest[:count]))
             rest = rest[count:]
-        return cls(Times(*times, time_unit, tolerance), Slots(*slots), features, channels, linear_from, in_c)
+        timestamps_T, next_timestamps_T = times
+        gaps = Times(timestamps_T, next_timestamps_T, time_unit, tolerance)
+        return cls(gaps, Slots(*slots), features, channels, linear_from, in_c)
 
     @cached_property
     def _split(self) -> Tuple[List[Tuple[int, int]], Slots]:
@@ -69,7 +83,13 @@ class _Mixing:
 
 
 def _gaps(
-    name: str, dtype: torch.dtype, times: Times, long, short: Slots, in_c: bool, cached: Tensor
+    name: str,
+    dtype: torch.dtype,
+    times: Times,
+    long: Sequence[Tuple[int, int]],
+    short: Slots,
+    in_c: bool,
+    cached: Tensor,
 ) -> Tuple[StripGaps, LinearGaps]:
     if in_c:  # whose kernels make theirs in registers
         short = Slots(short.users_B5[:0], *(x[:0] for x in (short.token_P, short.slot_T, short.padding_slots)))
@@ -149,7 +169,18 @@ def _to_rows(x_T: Tensor, x_P: Tensor, mixing: _Mixing) -> Tensor:
 
 
 @mix_op.register_fake
-def _(values_THd, times, slots, features, params, kinds, linear_from, in_c, time_unit, tolerance):
+def _(
+    values_THd: Tensor,
+    times: Sequence[Tensor],
+    slots: Sequence[Tensor],
+    features: Sequence[Tensor],
+    params: Sequence[Tensor],
+    kinds: str,
+    linear_from: Optional[int],
+    in_c: bool,
+    time_unit: float,
+    tolerance: float,
+) -> Tensor:
     T, H, d = values_THd.shape
     return values_THd.new_empty(T, H, len(kinds.split()), d)
 
@@ -194,18 +225,30 @@ def mix_backward_op(
 
 
 @mix_backward_op.register_fake
-def _(grad_THCd, values_THd, times, slots, features, params, kinds, linear_from, in_c, time_unit, tolerance):
+def _(
+    grad_THCd: Tensor,
+    values_THd: Tensor,
+    times: Sequence[Tensor],
+    slots: Sequence[Tensor],
+    features: Sequence[Tensor],
+    params: Sequence[Tensor],
+    kinds: str,
+    linear_from: Optional[int],
+    in_c: bool,
+    time_unit: float,
+    tolerance: float,
+) -> List[Tensor]:
     return [torch.empty(values_THd.shape, dtype=values_THd.dtype, device=values_THd.device), *map(torch.empty_like, params)]
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
     values_THd, *lists = inputs[:5]
     ctx.settings = inputs[5:]
     ctx.sizes = [len(tensors) for tensors in lists]
     ctx.save_for_backward(values_THd, *(x for tensors in lists for x in tensors))
 
 
-def _backward(ctx, grad_THCd):
+def _backward(ctx: Any, grad_THCd: Tensor) -> Tuple[Any, ...]:
     values_THd, *tensors = ctx.saved_tensors
     lists: List[List[Tensor]] = []
     for size in ctx.sizes:

@@ -32,6 +32,7 @@ def dense_map(name: str, params: Sequence[Tensor], layout: JaggedLayout, gaps: O
     if name == "positional":
         map_BNN = params[0][(i_N1 - j_N).clamp(min=0)][None]
     else:
+        assert gaps is not None
         map_BNN = TIME_MAPS[name].evaluate(dense_feature(name, params[0].dtype, layout, gaps), *params)
     return map_BNN.masked_fill(j_N > i_N1, 0)
 

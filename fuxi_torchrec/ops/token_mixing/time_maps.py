@@ -26,41 +26,49 @@ NUM_BUCKETS = 128
 
 
 
-def _pow(log1p, a, b):
+def _pow(log1p: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return a * torch.exp(-b * log1p)
 
 
-def _exp(seconds, a, b):
+def _exp(seconds: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return a * torch.exp(-torch.exp(b) * seconds.clamp(min=0))
 
 
-def _log(seconds, a, b, c):
+def _log(seconds: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     return a * torch.log(1 + b * seconds.clamp(min=0)) + c
 
 
-def _linear(seconds, a, b):
+def _linear(seconds: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return a * seconds + b
 
 
-def _sin(seconds, a, b, c, d):
+def _sin(seconds: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
     return c * torch.sin(a * seconds + b) + d
 
 
-def _mixed(seconds, *p):
+def _mixed(seconds: Tensor, *p: Tensor) -> Tensor:
     pow_a, pow_b, exp_a, exp_b, log_a, log_b, log_c, lin_a, lin_b, sin_a, sin_b, sin_c, sin_d = p
     total = _pow(seconds.clamp(min=0).log1p(), pow_a, pow_b) + _exp(seconds, exp_a, exp_b)
     total = total + _log(seconds, log_a, log_b, log_c) + _linear(seconds, lin_a, lin_b)
     return (total + _sin(seconds, sin_a, sin_b, sin_c, sin_d)) / 5
 
 
-def _nn(seconds, weight_1, bias_1, weight_2, bias_2, weight_3, bias_3):
+def _nn(
+    seconds: Tensor,
+    weight_1: Tensor,
+    bias_1: Tensor,
+    weight_2: Tensor,
+    bias_2: Tensor,
+    weight_3: Tensor,
+    bias_3: Tensor,
+) -> Tensor:
     # The product is rounded before the sum, as in the research code: phases are large, and a fused product moves them.
     hidden = torch.sin(seconds[..., None] * weight_1[:, 0] + bias_1)
     hidden = F.silu(F.linear(hidden, weight_2, bias_2))
     return F.linear(hidden, weight_3, bias_3)[..., 0]
 
 
-def _bucketed(bucket, weight):
+def _bucketed(bucket: Tensor, weight: Tensor) -> Tensor:
     return weight.index_select(0, bucket.flatten()).view(bucket.shape)
 
 

@@ -9,7 +9,7 @@ or more), e columns of a transform, S its length, F frequencies.
 
 import functools
 import math
-from typing import List, NamedTuple, Sequence, Tuple
+from typing import Callable, List, NamedTuple, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -47,8 +47,8 @@ def toeplitz_backward(
         native.call("toeplitz_backward", *rows, *weights, *_plan(tuple(users)), _E(v_THd))
         return grad_weight_N
     for first, n in users:
-        rows = slice(first, first + n)
-        grad_weight_N[:n] += _backward(grad_v_THd[rows], grad_THd[rows], v_THd[rows], weight_N[:n])
+        own = slice(first, first + n)
+        grad_weight_N[:n] += _backward(grad_v_THd[own], grad_THd[own], v_THd[own], weight_N[:n])
     return grad_weight_N
 
 
@@ -92,7 +92,7 @@ def _plan(users: Tuple[Tuple[int, int], ...]) -> _Plan:
     return _Plan(users_U4, len(users), sizes_2, len(sizes), torch.cat([_table(size) for size in sizes]), rows)
 
 
-def _on_host(rows: Sequence[Tuple[int, ...]]) -> Tensor:
+def _on_host(rows: Sequence[Union[int, Tuple[int, ...]]]) -> Tensor:
     return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
 
@@ -157,7 +157,7 @@ def _spectrum(x_nHd: Tensor, length: int) -> Tensor:
     return torch.fft.rfft(padded_eS)
 
 
-def _columns_to_rows(columns_eS: Tensor, out_nHd: Tensor, how) -> None:
+def _columns_to_rows(columns_eS: Tensor, out_nHd: Tensor, how: Callable[[Tensor, Tensor], object]) -> None:
     n, H, d = out_nHd.shape
     how(out_nHd, columns_eS[:, :n].view(H, d, n).permute(2, 0, 1))
 

@@ -11,7 +11,7 @@ Shapes: T tokens, B users, H heads, d value size per head, E = H * d, C channels
 
 from dataclasses import dataclass
 from functools import cache
-from typing import List, Optional, Sequence, Tuple
+from typing import Any, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from fuxi_torchrec.ops.token_mixing.time_gaps import TimeGaps
 from fuxi_torchrec.ops.token_mixing.time_maps import Channel
 from fuxi_torchrec.ops.triton_common import (
     IS_INSTALLED,
+    Launcher,
     Tiles,
     check_can_run,
     is_interpreting,
@@ -112,6 +113,7 @@ def tiles(kernel: str, half: bool, width: int, interpreting: bool) -> List[Tiles
     float32 products are unrolled multiply-adds, kept short. Of the sizes that fit, these are compiled with few registers
     spilled or none (sm80 and sm90; docs/triton.md); which is fastest, the first call finds out.
     """
+    sizes: Sequence[Tuple[int, ...]]
     if kernel == "mix_backward_maps":
         if interpreting:
             sizes = [(16, 1, 1)]
@@ -138,14 +140,14 @@ def map_block(interpreting: bool) -> int:
 
 
 @cache
-def _kernel(name: str, half: bool, width: int):
+def _kernel(name: str, half: bool, width: int) -> Launcher:
     from fuxi_torchrec.ops.token_mixing import triton_kernels as kernels
 
     kernel = getattr(kernels, name)
     return tuned(kernel, tiles(name, half, width, is_interpreting()), ("E", "POSITIONAL", "TIME"))
 
 
-def _kernel_for(name: str, values_THd: Tensor):
+def _kernel_for(name: str, values_THd: Tensor) -> Launcher:
     width = min(power_of_two(values_THd.shape[1] * values_THd.shape[2]), 256)
     return _kernel(name, values_THd.dtype != torch.float32, width)
 
@@ -185,7 +187,17 @@ def _mix(
 
 
 @_mix.register_fake
-def _(values_THd, params_P, offsets_B1, timestamps_T, next_timestamps_T, kinds, sizes, max_length, time_unit):
+def _(
+    values_THd: Tensor,
+    params_P: Tensor,
+    offsets_B1: Tensor,
+    timestamps_T: Optional[Tensor],
+    next_timestamps_T: Optional[Tensor],
+    kinds: str,
+    sizes: Sequence[int],
+    max_length: int,
+    time_unit: float,
+) -> Tensor:
     T, H, d = values_THd.shape
     return values_THd.new_empty(T, H, len(kinds.split(",")), d)
 
@@ -242,17 +254,26 @@ def _sum_lags(lags: Tensor) -> Tensor:
 
 @_mix_backward.register_fake
 def _(
-    grad_THCd, values_THd, params_P, offsets_B1, timestamps_T, next_timestamps_T, kinds, sizes, max_length, time_unit
-):
+    grad_THCd: Tensor,
+    values_THd: Tensor,
+    params_P: Tensor,
+    offsets_B1: Tensor,
+    timestamps_T: Optional[Tensor],
+    next_timestamps_T: Optional[Tensor],
+    kinds: str,
+    sizes: Sequence[int],
+    max_length: int,
+    time_unit: float,
+) -> Tuple[Tensor, Tensor]:
     return values_THd.new_empty(values_THd.shape), torch.empty_like(params_P)
 
 
-def _keep_for_backward(ctx, inputs, output) -> None:
+def _keep_for_backward(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:5])
     ctx.rest = inputs[5:]
 
 
-def _backward(ctx, grad_THCd):
+def _backward(ctx: Any, grad_THCd: Tensor) -> Tuple[Any, ...]:
     grad_values_THd, grad_params_P = _mix_backward(grad_THCd, *ctx.saved_tensors, *ctx.rest)
     return grad_values_THd, grad_params_P, None, None, None, None, None, None, None
 
