@@ -39,7 +39,15 @@ def recommend_command(arguments: List[str]) -> int:
             at = saved.dataset.identity.max_timestamp if requested is None else requested
             requests = [rec.history_request(split_ids(options.history), catalogue, at)]
         scores, items = rec.recommend(
-            saved.model, saved.dataset, saved.config, saved.world, requests, options.k, requested, options.include_seen
+            saved.model,
+            saved.dataset,
+            saved.config.data,
+            saved.config.loss,
+            saved.world,
+            requests,
+            options.k,
+            requested,
+            options.include_seen,
         )
         if not saved.world.is_main:
             return 0

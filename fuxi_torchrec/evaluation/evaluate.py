@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from fuxi_torchrec.config import Config
+from fuxi_torchrec.config import Config, LossConfig
 from fuxi_torchrec.data.batch import EVENTS, SequenceBatch, collate
 from fuxi_torchrec.data.dataset import SequenceDataset, UserRows
 from fuxi_torchrec.data.loader import evaluation_batches
@@ -59,7 +59,7 @@ def evaluate(
     """
     sums: Dict[str, Tensor] = {}
     for queries in encoded_queries(model, dataset, config, split, world, stop):
-        ranking = _ranking(model, config, queries, world)
+        ranking = _ranking(model, config.loss, queries, world)
         here = metric_sums(*ranking)
         if dataset.has_log_probs:
             here.update(_floor_sums(ranking, queries.target_log_prob_B.to(ranking.rank_Q.device)))
@@ -69,11 +69,11 @@ def evaluate(
     return mean_metrics(sums, world, split)
 
 
-def _ranking(model: DistributedModelParallel, config: Config, queries: Queries, world: World) -> Ranking:
+def _ranking(model: DistributedModelParallel, loss: LossConfig, queries: Queries, world: World) -> Ranking:
     asked = queries.query_BD, queries.target_B, queries.seen
     with torch.inference_mode():
         try:
-            return full_ranking.rank_targets(model, world, *asked, config.loss.temperature, config.loss.l2_eps)
+            return full_ranking.rank_targets(model, world, *asked, loss.temperature, loss.l2_eps)
         except NonFiniteScore as error:
             user = _user_of(error, queries, model, world)
             what = f"evaluation: non-finite score for user {user}; the model has diverged"

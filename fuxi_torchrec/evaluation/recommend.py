@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import torch
 from torch import nn
 
-from fuxi_torchrec.config import Config
+from fuxi_torchrec.config import DataConfig, LossConfig
 from fuxi_torchrec.data.batch import collate
 from fuxi_torchrec.data.dataset import SequenceDataset, UserRows, concatenate
 from fuxi_torchrec.data.splits import Windows
@@ -110,7 +110,8 @@ def _user_ids(dataset: SequenceDataset, users: Sequence[str]) -> Dict[str, int]:
 def recommend(
     model: nn.Module,
     dataset: SequenceDataset,
-    config: Config,
+    data: DataConfig,
+    loss: LossConfig,
     world: World,
     requests: Sequence[Request],
     k: int,
@@ -127,16 +128,16 @@ def recommend(
         include_seen: recommend items of the history too.
     """
     rows, ends_B = _rows_with_request(requests, dataset.identity.max_timestamp if at is None else at, explicit=at is not None)
-    starts_B = np.maximum(rows.offsets_U1[:-1], ends_B - config.data.max_sequence_length - 1)
+    starts_B = np.maximum(rows.offsets_U1[:-1], ends_B - data.max_sequence_length - 1)
     batch = collate(rows, Windows(rows.user_ids_U, starts_B, ends_B)).to(world.device)
     model.eval()
     with torch.no_grad():  # fbgemm's fused tables know no inference mode
         query_BD = model(batch)
         seen = _seen(requests, world.device) if not include_seen else Seen(*torch.empty(2, 0, dtype=torch.int64))
         k = min(k, dataset.identity.num_items)
-        scores_Bk, items_Bk = full_ranking.top_items(model, world, query_BD, seen, k, config.loss.l2_eps)
+        scores_Bk, items_Bk = full_ranking.top_items(model, world, query_BD, seen, k, loss.l2_eps)
     items_Bk = torch.where(torch.isneginf(scores_Bk), -1, items_Bk)
-    return (scores_Bk / config.loss.temperature).cpu().numpy(), items_Bk.cpu().numpy()
+    return (scores_Bk / loss.temperature).cpu().numpy(), items_Bk.cpu().numpy()
 
 
 def _rows_with_request(requests: Sequence[Request], at: int, explicit: bool) -> Tuple[UserRows, np.ndarray]:

@@ -48,7 +48,7 @@ def _drawn_bytes(config: Config, identity: DatasetIdentity) -> float:
     loss, data = config.loss, config.data
     if loss.negatives == "per_token":
         users = min(1.0, identity.num_users / data.batch_size)  # of those that a batch could hold
-        tokens = positions(config, identity.num_events / max(identity.num_users, 1)) * users
+        tokens = positions(data, identity.num_events / max(identity.num_users, 1)) * users
         return min(tokens, data.tokens_per_batch or tokens) * loss.num_negatives * FLOAT_BYTES
     if loss.negatives in ("shared", "mixed"):
         return (loss.num_negatives + loss.uniform_negatives) * (ID_BYTES + config.model.embedding_dim * FLOAT_BYTES)

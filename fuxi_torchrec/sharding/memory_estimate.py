@@ -6,7 +6,7 @@ Expectations for users of mean length, items drawn evenly: skewed data repeat it
 import math
 from typing import Tuple
 
-from fuxi_torchrec.config import Config
+from fuxi_torchrec.config import Config, DataConfig, LossConfig
 
 ID_BYTES, FLOAT_BYTES = 8, 4
 ADAMW_COPIES = 4  # of a parameter: itself, its gradient, and AdamW's two moments
@@ -20,20 +20,20 @@ LOGIT_BYTES = 2 * FLOAT_BYTES + 1
 CANDIDATE_COPIES, OWN_COPIES = 3, 2
 
 
-def positions(config: Config, events: float) -> float:
+def positions(data: DataConfig, events: float) -> float:
     """Counts the supervised tokens of a rank's batch, T. events: mean events of a user, before they are cut to the
     window."""
-    return config.data.batch_size * max(min(events, config.data.max_sequence_length + 1) - 1, 1)
+    return data.batch_size * max(min(events, data.max_sequence_length + 1) - 1, 1)
 
 
 def ids_per_user(config: Config, num_items: int, events: float) -> Tuple[float, float]:
     """Estimates the ids that an average user of a batch looks up: (events, negatives)."""
     events = min(events, config.data.max_sequence_length + 1)
     # In-batch negatives are events; a pool is looked up besides.
-    draws = float(_pool(config, num_items))
+    draws = float(_pool(config.loss, num_items))
     if config.loss.negatives == "per_token":
         # Each drawn id is looked up once.
-        draws = distinct(config.loss.num_negatives * positions(config, events), num_items)
+        draws = distinct(config.loss.num_negatives * positions(config.data, events), num_items)
     return events, draws / config.data.batch_size
 
 
@@ -46,7 +46,7 @@ def distinct(draws: float, num_items: int) -> float:
 def activation_bytes(config: Config, events: float) -> int:
     """Guesses the bytes of the encoder's activations that a rank keeps for backward."""
     width = config.model.embedding_dim
-    return round(KEPT_WIDTHS * positions(config, events) * width * config.model.num_blocks * FLOAT_BYTES)
+    return round(KEPT_WIDTHS * positions(config.data, events) * width * config.model.num_blocks * FLOAT_BYTES)
 
 
 def candidates(config: Config, num_items: int, events: float) -> float:
@@ -55,9 +55,9 @@ def candidates(config: Config, num_items: int, events: float) -> float:
         return ids_per_user(config, num_items, events)[1] * config.data.batch_size
     in_batch = 0.0
     if config.loss.negatives in ("in_batch", "mixed"):
-        in_batch = distinct(positions(config, events), num_items)
+        in_batch = distinct(positions(config.data, events), num_items)
         in_batch = min(in_batch, config.loss.max_in_batch or math.inf)
-    return _pool(config, num_items) + in_batch
+    return _pool(config.loss, num_items) + in_batch
 
 
 def candidate_bytes(config: Config, num_items: int, events: float, world_size: int) -> int:
@@ -68,7 +68,7 @@ def candidate_bytes(config: Config, num_items: int, events: float, world_size: i
     logits = max(config.loss.chunk_logits, round(count)) * LOGIT_BYTES  # a chunk is one position at least
     drawn = 0.0
     if config.loss.negatives == "per_token":  # which of them each position has drawn
-        drawn = positions(config, events) * config.loss.num_negatives * FLOAT_BYTES
+        drawn = positions(config.data, events) * config.loss.num_negatives * FLOAT_BYTES
     return round(own * OWN_COPIES * row + count * (CANDIDATE_COPIES * row + ID_BYTES) + drawn) + logits
 
 
@@ -83,7 +83,7 @@ def candidate_traffic_bytes(config: Config, num_items: int, events: float, world
     return round(2 * (world_size - 1) * candidates(config, num_items, events) * row)
 
 
-def _pool(config: Config, num_items: int) -> int:
-    if config.loss.negatives in ("in_batch", "full"):
-        return num_items if config.loss.negatives == "full" else 0
-    return config.loss.num_negatives + config.loss.uniform_negatives
+def _pool(loss: LossConfig, num_items: int) -> int:
+    if loss.negatives in ("in_batch", "full"):
+        return num_items if loss.negatives == "full" else 0
+    return loss.num_negatives + loss.uniform_negatives

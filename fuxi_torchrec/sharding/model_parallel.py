@@ -42,7 +42,7 @@ def build_distributed(
     model = build_model(config, num_items, identity.time_unit, world.device, on_meta=choice.is_sharded)
     if not choice.is_sharded:
         return distribute(model, world, ShardingPlan({})), choice
-    planner.apply_table_optimizer(model.embeddings, choice, config)
+    planner.apply_table_optimizer(model.embeddings, choice, config.optimizer)
     plan, _ = planner.plan_table(model, config, choice, machine, num_items, events)
     model = distribute(model, world, plan)
     for row, column, part in local_parts(model):

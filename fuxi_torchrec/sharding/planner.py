@@ -17,7 +17,7 @@ from torchrec.distributed.planner.types import PlannerError, ShardingOption
 from torchrec.distributed.types import ShardingPlan, ShardingType
 from torchrec.optim import RowWiseAdagrad
 
-from fuxi_torchrec.config import Config, TableConfig
+from fuxi_torchrec.config import Config, OptimizerConfig, TableConfig
 from fuxi_torchrec.data.batch import EVENTS, NEGATIVES
 from fuxi_torchrec.data.format import DatasetIdentity
 from fuxi_torchrec.distributed.private_api import apply_optimizer_in_backward, best_plan
@@ -89,11 +89,11 @@ def choose(config: Config, machine: Machine, num_items: int, events: float) -> T
     return choose_table(config, num_items, machine.memory - batch_bytes(config, machine, num_items, events))
 
 
-def apply_table_optimizer(embeddings: nn.Module, choice: TableChoice, config: Config) -> None:
+def apply_table_optimizer(embeddings: nn.Module, choice: TableChoice, optimizer: OptimizerConfig) -> None:
     """Marks the (unsharded) table, so that its shards are updated inside backward. Changes no value."""
     settings: Dict[str, Union[float, Tuple[float, ...]]] = {"lr": choice.learning_rate, "eps": 1e-8}
     if choice.optimizer == "adam":
-        settings["betas"] = tuple(config.optimizer.betas)
+        settings["betas"] = tuple(optimizer.betas)
     apply_optimizer_in_backward(OPTIMIZERS[choice.optimizer], embeddings.parameters(), settings, register_hook=False)
 
 

@@ -86,7 +86,7 @@ def report(config: Config, machine: Machine, items: int, events: float) -> Repor
     shards: List[Shard]
     reason, planner_ms = "", 0.0
     if choice.is_sharded:
-        planner.apply_table_optimizer(model.embeddings, choice, config)
+        planner.apply_table_optimizer(model.embeddings, choice, config.optimizer)
         plan, planner_ms, reason = _plan(model, config, choice, machine, items, events)
         shards, sharding = planned_shards(plan)
     else:

@@ -73,7 +73,7 @@ def build_trainer(
     parts = TrainingParts(
         model=model,
         optimizer=optimizer,
-        pipeline=build_pipeline(config, model, world.device),
+        pipeline=build_pipeline(config.trainer, model, world.device),
         stream=stream,
         checkpoints=checkpoints,
         record=StepRecord(world, peak_flops(config.trainer, world.device)),

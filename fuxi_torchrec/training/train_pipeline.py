@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
-from fuxi_torchrec.config import Config
+from fuxi_torchrec.config import TrainerConfig
 from fuxi_torchrec.data.batch import SequenceBatch
 from fuxi_torchrec.sharding.model_parallel import is_sharded
 
@@ -100,7 +100,7 @@ class SparseDistPipeline(TrainPipelineSparseDist):
 Pipeline = Union[BasePipeline, SparseDistPipeline]
 
 
-def build_pipeline(config: Config, model: DistributedModelParallel, device: torch.device) -> Pipeline:
+def build_pipeline(trainer: TrainerConfig, model: DistributedModelParallel, device: torch.device) -> Pipeline:
     """Builds the pipeline that trainer.train_pipeline names, or that suits the device."""
-    kind = config.trainer.train_pipeline or ("sparse_dist" if device.type == "cuda" else "base")
+    kind = trainer.train_pipeline or ("sparse_dist" if device.type == "cuda" else "base")
     return SparseDistPipeline(model, device) if kind == "sparse_dist" else BasePipeline(model, device)
