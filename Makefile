@@ -39,7 +39,7 @@ test: $(INSTALLED)  ## the tests
 	$(BIN)/python -m pytest -q -n $(TEST_JOBS) --dist loadfile --durations=10 $(PYTEST_ARGS)
 
 quick: lint types  ## between edits: lint, contracts, types and the fast tests
-	$(BIN)/python -m pytest -q -m "not thorough and not slow and not slurm" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -n $(TEST_JOBS) --dist loadfile -m "not thorough and not slow and not slurm" $(PYTEST_ARGS)
 
 # The sanitizers' libraries come before everything that the process loads; what Python never gives back is no leak of ours.
 SANITIZED = LD_PRELOAD="$$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libubsan.so)" \

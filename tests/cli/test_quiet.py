@@ -3,7 +3,11 @@
 import subprocess
 import sys
 
+import pytest
+
 from fuxi_torchrec.cli.quiet import LOGGERS
+
+pytestmark = pytest.mark.thorough
 
 LIBRARY = "import fuxi_torchrec.training.trainer, fuxi_torchrec.evaluation.recommend, fuxi_torchrec.cli.main"
 SHOW = f"import logging, warnings; print([logging.getLogger(name).level for name in {LOGGERS!r}]);" + (

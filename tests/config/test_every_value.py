@@ -16,6 +16,8 @@ from fuxi_torchrec.cli import main
 from fuxi_torchrec.config import config_keys
 from tests.conftest import write_events
 
+pytestmark = pytest.mark.thorough
+
 KEYS = config_keys()
 BASE = {
     "data": {},
