@@ -35,8 +35,9 @@ install: $(INSTALLED)  ## the virtual environment alone
 smoke: $(INSTALLED)  ## train, evaluate and recommend on generated MovieLens-like data (minutes, no download of data)
 	$(BIN)/python -m benchmarks.smoke
 
+# In the order of the folders: by default the files with the fewest tests, which take the longest, would come last.
 test: $(INSTALLED)  ## the tests
-	$(BIN)/python -m pytest -q -n $(TEST_JOBS) --dist loadfile --durations=10 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder --durations=10 $(PYTEST_ARGS)
 
 quick: lint types  ## between edits: lint, contracts, types and the fast tests
 	$(BIN)/python -m pytest -q -n $(TEST_JOBS) --dist loadfile -m "not thorough and not slow and not slurm" $(PYTEST_ARGS)
