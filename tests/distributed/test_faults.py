@@ -130,7 +130,8 @@ def is_at(kill, step, output, ends):
     return kill == "training" or unfinished(output)
 
 
-@pytest.mark.parametrize("table", TABLES)
+# A table of each kind takes a minute and a half; the sharded one's resume is compared to the bit by test_sharding as well.
+@pytest.mark.parametrize("table", [pytest.param(name, marks=[pytest.mark.slow] * (name != "replicated")) for name in TABLES])
 def test_three_kills_do_not_change_the_run(small_dataset, undisturbed_of, tmp_path, table):
     kills = ["training", "saving", "evaluation"]
     survive(kills, tmp_path, small_dataset, undisturbed_of(table), random.Random(1), TABLES[table])
