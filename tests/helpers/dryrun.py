@@ -12,11 +12,11 @@ import pytest
 from torchx.cli.main import main
 
 ROOT = Path(__file__).parents[2]
-DOCS = (ROOT / "docs" / "launch.md").read_text()
+DOCS = "\n".join((ROOT / "docs" / name).read_text() for name in ("launch.md", "kubernetes.md"))
 
 
 def documented(scheduler):
-    """The commands of docs/launch.md that submit to a scheduler."""
+    """The commands of docs/launch.md and docs/kubernetes.md that submit to a scheduler."""
     lines = [line.strip() for line in DOCS.splitlines() if line.startswith("torchx run ") and "[" not in line]
     return [line for line in lines if (f"-s {scheduler}" in line if scheduler else " -s " not in line)]
 
@@ -48,8 +48,8 @@ def normalised(request):
 
 
 def shown(after):
-    """The first block behind a heading of docs/launch.md that shows a request, in the pieces between its "…" lines."""
-    text = DOCS.partition(f"\n## {after}\n")[2]
+    """The first block behind a heading of the documentation that shows a request, in the pieces between its "…" lines."""
+    text = DOCS.rpartition(f"\n## {after}\n")[2]
     block = next(block for block in re.findall(r"```\n(.*?)```", text, re.DOTALL) if not block.startswith(("torchx", "docker")))
     return [piece.split() for piece in re.split(r"^ *…$", block, flags=re.MULTILINE)]
 
