@@ -9,7 +9,7 @@ import pickle
 from typing import Any, Union
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
 KNOWN = {
     "torch": ("Size",),  # and every torch.dtype
@@ -34,10 +34,20 @@ class UnknownClass(ValueError):
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _memory_format
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if name in KNOWN.get(module, ()) or is_dtype:
             return super().find_class(module, name)
         raise UnknownClass(f"{module}.{name} is no part of a checkpoint, and was not run")
+
+
+def _memory_format(owner: Any, name: str) -> Any:
+    """What some releases of Python 3.11 (Debian 12 has one, 3.11.2) write for a member of an enumeration: getattr of its class
+    and its name."""
+    if owner is not _MEM_FORMAT_ENCODING or name not in _MEM_FORMAT_ENCODING.__members__:
+        raise UnknownClass(f"getattr of {name!r} is no part of a checkpoint, and was not run")
+    return _MEM_FORMAT_ENCODING[name]
 
 
 def read_metadata(data: Union[bytes, memoryview]) -> Metadata:

@@ -9,7 +9,7 @@ import zlib
 
 import pytest
 import torch
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, BytesStorageMetadata
 
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.evaluation.load_model import open_model
@@ -116,6 +116,35 @@ def test_a_hostile_item_is_one_line_and_runs_nothing(run, tmp_path, capfd, item)
     says = error_of_opening(run, capfd)
     assert ("is no tensor" if item == "bytes" else "damaged checkpoint") in says, says
     assert not (tmp_path / "pwned").exists()
+
+
+def by_getattr(data, owner=_MEM_FORMAT_ENCODING, name=None):
+    """The list of tensors as Python 3.11.2 writes it: a member of an enumeration as getattr of its class and its name."""
+
+    class Pickler(pickle.Pickler):
+        def reducer_override(self, value):
+            is_member = isinstance(value, _MEM_FORMAT_ENCODING)
+            return (getattr, (owner, name or value.name)) if is_member else NotImplemented
+
+    written = io.BytesIO()
+    Pickler(written).dump(pickle.loads(data))
+    return written.getvalue()
+
+
+def test_a_checkpoint_of_a_python_that_writes_members_by_getattr_is_read(run):
+    forge(run, metadata=by_getattr)
+    with open_model(run, run.config(), "best") as saved:
+        assert saved.step > 0
+
+
+@pytest.mark.parametrize("owner, name", [(os, "system"), (_MEM_FORMAT_ENCODING, "__class__"), (_MEM_FORMAT_ENCODING, "mro")])
+def test_getattr_of_anything_else_is_refused(run, owner, name):
+    if owner is os:
+        forge(run, metadata=lambda data: pickle.dumps(Call(getattr, "", name)))
+    else:
+        forge(run, metadata=lambda data: by_getattr(data, owner, name))
+    with pytest.raises(UserError, match="was not run"), open_model(run, run.config(), "best"):
+        pass
 
 
 def test_what_is_no_pickle_is_one_line(run, capfd):
