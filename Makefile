@@ -5,6 +5,8 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3.13 python3.1
 	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info < (3, 15))' 2>/dev/null \
 	&& { echo $$p; break; }; done)
 VENV ?= .venv
+# An image is for the machines of a cluster, not for this one: cuda unless DEVICE is given.
+IMAGE_DEVICE := $(or $(DEVICE),cuda)
 # cuda where an NVIDIA driver is found, else cpu; fbgemm's CUDA build does not import without that library.
 DEVICE ?= $(shell $(or $(PYTHON),false) -c 'import ctypes; ctypes.CDLL("libnvidia-ml.so.1")' 2>/dev/null \
 	&& echo cuda || echo cpu)
@@ -14,6 +16,13 @@ TORCH_INDEX ?=
 PYTEST_ARGS ?=
 # Test files that run at a time, each with the CPU time of about one core.
 TEST_JOBS ?= 2
+# make image: its name and tag, what builds it (docker, podman or buildah, the first that works), further options for
+# that, further packages in the image (boto3), and another image to start from than the Dockerfile's.
+IMAGE ?= fuxi-torchrec:$(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' fuxi_torchrec/__init__.py)
+ENGINE ?=
+ENGINE_ARGS ?=
+EXTRAS ?=
+BASE ?=
 # The documentation's tools have an environment of their own: none of them belongs into the product's.
 DOCS_VENV := .venv-docs
 
@@ -24,11 +33,12 @@ INSTALLED := $(VENV)/.installed-$(DEVICE)
 OTHER_FBGEMM := $(if $(filter cuda,$(DEVICE)),fbgemm-gpu-cpu,fbgemm-gpu)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help install smoke test quick sanitize narrow slurm lint types docs clean
+.PHONY: help install smoke test quick sanitize narrow slurm image lint types docs clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
 	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) DEVICE=$(DEVICE) TORCH_INDEX=$(TORCH_INDEX) PYTEST_ARGS=$(PYTEST_ARGS) TEST_JOBS=$(TEST_JOBS)"
+	@echo "Of make image: IMAGE=$(IMAGE) DEVICE=$(IMAGE_DEVICE) ENGINE=$(ENGINE) ENGINE_ARGS=$(ENGINE_ARGS) EXTRAS=$(EXTRAS) BASE=$(BASE)"
 
 install: $(INSTALLED)  ## the virtual environment alone
 
@@ -60,6 +70,17 @@ narrow: $(INSTALLED)  ## the numeric tests with the vectors of processors withou
 slurm: $(INSTALLED)  ## tests on a real Slurm of two nodes, brought up here (needs root and apt, else skipped)
 	timeout --signal=INT --kill-after=60 600 \
 		$(BIN)/python -m pytest -q -rs -m slurm --durations=10 tests/launch $(PYTEST_ARGS)
+
+# `version`: docker's fails where its daemon does not answer.
+image:  ## the container image (docs/kubernetes.md), by docker, podman or buildah, whichever is there
+	@case "$(IMAGE_DEVICE)" in cpu|cuda) ;; *) echo "error: DEVICE=$(IMAGE_DEVICE): must be cpu or cuda" >&2; exit 1;; esac
+	@for engine in $(or $(ENGINE),docker podman buildah); do $$engine version >/dev/null 2>&1 || continue; \
+		echo "Building $(IMAGE) for $(IMAGE_DEVICE) with $$engine ..."; \
+		exec $$engine build --tag "$(IMAGE)" --build-arg DEVICE=$(IMAGE_DEVICE) \
+			$(if $(TORCH_INDEX),--build-arg TORCH_INDEX="$(TORCH_INDEX)") $(if $(EXTRAS),--build-arg EXTRAS="$(EXTRAS)") \
+			$(if $(BASE),--build-arg BASE="$(BASE)") $(ENGINE_ARGS) .; done; \
+		echo "error: $(or $(ENGINE),docker podman buildah): nothing here that can build an image (docker needs its daemon);" \
+			"install one: apt install buildah" >&2; exit 1
 
 lint: $(INSTALLED)  ## ruff, and the contract of who may import whom (pyproject.toml)
 	$(BIN)/ruff check .
