@@ -1,22 +1,18 @@
 /* FuXi's token mixing, y_c = A_c v per user, causal, on jagged rows: no padding, and of the maps only the few rows that
 are being multiplied ever exist, in the cache (ops/token_mixing/dispatch.py has the mathematics).
 
-Shapes: T tokens, H heads, d value size per head, E = H d, P = E rounded up to 16, C channels, n rows of a user. Work is cut
+Shapes: T tokens, H heads, d value size per head, E = H d, P = E rounded up to LANES, C channels, n rows of a user. Work is cut
 into tasks, some rows (forward) or columns (backward) of one user's maps; threads take them as they come, and sums over
 tasks are taken in a fixed order, so results don't depend on the number of threads.
 
 Temporal map: A[i,j] = a exp(-rate L(x)), x = max(time_unit (next_i - time_j), 0), L(x) = x, or ln(1 + x) if `is_log`. */
 #include "vector.h"
 
-#if defined(__AVX512F__)
+/* A tile of a product: its sums, a row of its vectors and one weight stay in registers. */
 #define ROWS 6
-#define VECTORS 4
-#else
-#define ROWS 3
-#define VECTORS 2
-#endif
-#define MARGIN 32 /* zeros beside the lag weights: what a row of the map has right of the diagonal */
-#define UP16(n) (((n) + 15) / 16 * 16)
+#define VECTORS (REGISTERS / 8)
+#define MARGIN (2 * LANES) /* zeros beside the lag weights: what a row of the map has right of the diagonal */
+#define UP(n) (((n) + LANES - 1) / LANES * LANES)
 
 typedef struct {
     const int64_t *offsets, *times, *next_times;
@@ -30,7 +26,7 @@ INLINE int64_t smaller(int64_t x, int64_t y) { return x < y ? x : y; }
 
 static float *floats(int64_t count) {
     void *memory = 0;
-    return posix_memalign(&memory, 64, (size_t)UP16(count + 1) * sizeof(float)) ? 0 : memory;
+    return posix_memalign(&memory, 64, (size_t)UP(count + 1) * sizeof(float)) ? 0 : memory;
 }
 
 /* out[r, :] (+)= sum over k < inner of a[r][k] b[k, :], ROWS rows and `vectors` vectors of columns. */
@@ -54,7 +50,7 @@ INLINE void product_tile(const float *const *a, const float *b, int64_t ldb, flo
         for (int v = 0; v < vectors; v++) *(vec *)(out + r * ldo + v * LANES) = total[r][v];
 }
 
-/* The same for `columns` columns, a multiple of 16. */
+/* The same for `columns` columns, a multiple of LANES. */
 static void product(const float *const *a, const float *b, int64_t ldb, float *out, int64_t ldo, int64_t inner,
                     int64_t columns, int accumulate) {
     int64_t c = 0;
@@ -67,21 +63,42 @@ static void product(const float *const *a, const float *b, int64_t ldb, float *o
     if (columns - c == LANES) product_tile(a, b + c, ldb, out + c, ldo, inner, accumulate, 1);
 }
 
-/* unit[x] = exp(-rate log_part[x]) for `count` time differences later[k] - earlier (or later - earlier[k]). */
-INLINE void time_strip(const Mixing *m, const int64_t *later, int later_step, const int64_t *earlier, int earlier_step,
-                       float *unit, float *log_part, int64_t count, float factor) {
-#pragma omp simd
-    for (int64_t k = 0; k < count; k++) {
-        float x = (float)(later[k * later_step] - earlier[k * earlier_step]) * m->time_unit;
-        x = x < 0.0f ? 0.0f : x;
-        float l = m->is_log ? log_of(1.0f + x) : x;
-        log_part[k] = l;
-        unit[k] = factor * exp_of(-m->rate * l);
+/* out[k] = max(later[k] - earlier[k], 0) as floats; a step of 0 keeps one of them in place. Differences are taken in int64.
+No processor before AVX-512 turns those into floats, so their halves are written into doubles' mantissas: 2^84 + 2^32 high and
+2^52 + low, exact below 2^53. */
+INLINE void gaps(const int64_t *later, int later_step, const int64_t *earlier, int earlier_step, float *out, int64_t count) {
+    int64_t k = 0;
+    for (; k + HALF <= count; k += HALF) {
+        lvec x = (later_step ? *(const lvec *)(later + k) : (lvec){0} + *later) -
+                 (earlier_step ? *(const lvec *)(earlier + k) : (lvec){0} + *earlier);
+        x &= x > 0;
+        ulvec high = (ulvec)x >> 32 | 0x4530000000000000ull, low = ((ulvec)x & 0xffffffffull) | 0x4330000000000000ull;
+        *(halfvec *)(out + k) = __builtin_convertvector(((dvec)high - 0x1.00000001p84) + (dvec)low, halfvec);
+    }
+    for (; k < count; k++) {
+        int64_t x = later[k * later_step] - earlier[k * earlier_step];
+        out[k] = x < 0 ? 0.0f : (float)x;
     }
 }
 
+/* unit[x] = factor exp(-rate log_part[x]) for `count` time differences later[k] - earlier[k]. */
+INLINE void time_strip(const Mixing *m, const int64_t *later, int later_step, const int64_t *earlier, int earlier_step,
+                       float *unit, float *log_part, int64_t count, float factor) {
+    gaps(later, later_step, earlier, earlier_step, log_part, count);
+    const float time_unit = m->time_unit, rate = -m->rate;
+    if (m->is_log) {
+#pragma omp simd
+        for (int64_t k = 0; k < count; k++) log_part[k] = log_of(1.0f + log_part[k] * time_unit);
+    } else {
+#pragma omp simd
+        for (int64_t k = 0; k < count; k++) log_part[k] *= time_unit;
+    }
+#pragma omp simd
+    for (int64_t k = 0; k < count; k++) unit[k] = factor * exp_of(rate * log_part[k]);
+}
+
 static void pack_rows(float *out, const float *x, int64_t ld, int64_t rows, int64_t columns) {
-    int64_t P = UP16(columns);
+    int64_t P = UP(columns);
     for (int64_t i = 0; i < rows; i++) {
         memcpy(out + i * P, x + i * ld, (size_t)columns * sizeof(float));
         for (int64_t c = columns; c < P; c++) out[i * P + c] = 0;
@@ -90,7 +107,7 @@ static void pack_rows(float *out, const float *x, int64_t ld, int64_t rows, int6
 
 /* Channel c of [rows, H, C, d] as [rows, P], zero columns at the end; and the way back, which drops them. */
 static void pack_channel(const Mixing *m, float *out, const float *x, int64_t rows, int64_t channel) {
-    int64_t E = m->H * m->d, P = UP16(E);
+    int64_t E = m->H * m->d, P = UP(E);
     for (int64_t i = 0; i < rows; i++) {
         for (int64_t h = 0; h < m->H; h++)
             memcpy(out + i * P + h * m->d, x + ((i * m->H + h) * m->C + channel) * m->d, (size_t)m->d * sizeof(float));
@@ -99,7 +116,7 @@ static void pack_channel(const Mixing *m, float *out, const float *x, int64_t ro
 }
 
 static void store_channel(const Mixing *m, const float *tile, float *y, int64_t rows, int64_t channel) {
-    int64_t P = UP16(m->H * m->d);
+    int64_t P = UP(m->H * m->d);
     for (int64_t i = 0; i < rows; i++)
         for (int64_t h = 0; h < m->H; h++)
             memcpy(y + ((i * m->H + h) * m->C + channel) * m->d, tile + i * P + h * m->d, (size_t)m->d * sizeof(float));
@@ -108,7 +125,7 @@ static void store_channel(const Mixing *m, const float *tile, float *y, int64_t 
 /* Rows first <= i < last of one user's outputs. `reversed` holds weight_N backwards, its lag 0 at reversed[longest - 1]. */
 static int forward_task(const Mixing *m, const float *v, int64_t ld, const float *reversed, int64_t longest, float *y,
                          int64_t start, int64_t first, int64_t last) {
-    int64_t E = m->H * m->d, P = UP16(E), width = UP16(last + ROWS);
+    int64_t E = m->H * m->d, P = UP(E), width = UP(last + ROWS);
     float *packed = floats(last * P), *maps = floats(ROWS * width), *logs = floats(width), *tile = floats(ROWS * P);
     int status = packed && maps && logs && tile ? 0 : OUT_OF_MEMORY;
     if (status) goto done;
@@ -144,7 +161,7 @@ dA U and dA U L, and of dA along each lag. All row indices below count from `fir
 static int backward_task(const Mixing *m, const float *v, int64_t ld, const float *padded_weight, const float *grad,
                           float *grad_v, float *grad_weight, double *sums, int64_t start, int64_t n, int64_t first,
                           int64_t last) {
-    int64_t E = m->H * m->d, P = UP16(E), rows = n - first, width = UP16(rows);
+    int64_t E = m->H * m->d, P = UP(E), rows = n - first, width = UP(rows);
     float *packed = floats(rows * P), *across = floats(E * width), *map_grad = floats(ROWS * width);
     float *maps = floats(ROWS * width), *logs = floats(ROWS * width), *tile = floats((last - first + ROWS) * P);
     float *nothing = calloc((size_t)E, sizeof(float));

@@ -16,12 +16,24 @@ as the target's registers: a wider one takes several of them, and tiles that wer
 #else
 #define LANES 4
 #endif
+#if defined(__AVX512F__) || defined(__aarch64__)
+#define REGISTERS 32
+#else
+#define REGISTERS 16
+#endif
 /* Every kernel returns 0, or OUT_OF_MEMORY. */
 #define API __attribute__((visibility("default"))) int
 #define OUT_OF_MEMORY 1
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
+
+/* As many bytes hold half as many numbers of eight bytes. */
+#define HALF (LANES / 2)
+typedef int64_t lvec __attribute__((vector_size(8 * HALF), aligned(8)));
+typedef uint64_t ulvec __attribute__((vector_size(8 * HALF), aligned(8)));
+typedef double dvec __attribute__((vector_size(8 * HALF), aligned(8)));
+typedef float halfvec __attribute__((vector_size(4 * HALF), aligned(4)));
 
 INLINE float bits_to_float(uint32_t bits) {
     float x;
