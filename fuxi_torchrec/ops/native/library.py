@@ -30,10 +30,12 @@ SOURCES = Path(__file__).parent
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden")
 LINK_FLAGS = ("-fopenmp", "-fPIC", "-shared")
 COMPILE_SECONDS = 120
+WRONG_INDEX = 2
 
 _TENSORS = {"F": torch.float32, "D": torch.float64, "L": torch.int64, "W": torch.int32}
 _NUMBERS = {"i": ctypes.c_int64, "u": ctypes.c_uint32, "s": ctypes.c_uint64, "f": ctypes.c_float}
 _SIGNATURES = {
+    "lanes": "",
     "dropout_rows": "FFiiufs",
     "input_rows": "FFLFiifufs",
     "rms_norm_rows": "FiFFF" + "iifufs",
@@ -44,8 +46,7 @@ _SIGNATURES = {
     "swiglu_rows_backward": "FFFii",
     "unit_rows": "FFFiif",
     "unit_rows_backward": "FFFFiif",
-    "sampled_softmax_tokens": "FFFWWFFFFF" + "iiiffi",
-    "sampled_softmax_candidates": "FWFF" + "iiiif",
+    "sampled_softmax": "FFFLLFFFFF" + "iiiiiff",
     "toeplitz_forward": "FiLFiL" + "FiLiLiFii",
     "toeplitz_backward": "FiLFiLFiL" + "FFiLiLiFii",
     "mix_forward": "FiLLLFFL" + "iiiiiiii" + "fff",
@@ -82,12 +83,16 @@ def call(name: str, *arguments: Union[Tensor, int, float, None]) -> None:
     Raises:
         TypeError: a wrong number of arguments, or a tensor of another type or device than the kernel's.
         MemoryError: the kernel found none; its results are worth nothing.
+        IndexError: an index beyond the rows that it counts; its results are worth nothing.
     """
     kinds = _SIGNATURES[name]
     if len(arguments) != len(kinds):
         raise TypeError(f"{name} takes {len(kinds)} arguments, not {len(arguments)}")
     values = [_address(name, x, kind) if kind in _TENSORS else x for x, kind in zip(arguments, kinds)]
-    if _function(name)(*values, _threads()):
+    status = _function(name)(*values, _threads())
+    if status == WRONG_INDEX:
+        raise IndexError(f"{name}: an index that is no row")
+    if status:
         raise MemoryError(f"the CPU kernel {name} found no memory for what it computes with")
 
 
@@ -120,6 +125,12 @@ def _function(name: str) -> Callable[..., int]:
     kinds = [ctypes.c_void_p if kind in _TENSORS else _NUMBERS[kind] for kind in _SIGNATURES[name]]
     function.argtypes, function.restype = [*kinds, ctypes.c_int], ctypes.c_int
     return function
+
+
+@functools.cache
+def lanes() -> int:
+    """Returns the floats of a vector; some kernels take rows of whole vectors."""
+    return int(_function("lanes")(1))
 
 
 @functools.cache

@@ -15,6 +15,12 @@ bits depend on seed, row and column alone, so backward makes the same mask again
     uint64_t words = row_seed(seed, (uint64_t)(t)); \
     uint32_t low = (uint32_t)words, high = (uint32_t)(words >> 32)
 
+/* Floats of a vector. */
+API lanes(int threads) {
+    (void)threads;
+    return LANES;
+}
+
 /* out = x * mask * factor; its own backward. */
 API dropout_rows(const float *x, float *out, int64_t T, int64_t W, uint32_t threshold, float factor, uint64_t seed,
                       int threads) {

@@ -1,131 +1,218 @@
-/* Sampled softmax with K negatives a token: loss and all three gradients in one pass over the tokens, then one over the
-candidates (ops/sampled_softmax/dispatch.py, per_token).
+/* Sampled softmax with K negatives a token: the loss and all three gradients, some tokens at a time
+(ops/sampled_softmax/dispatch.py, per_token).
 
-Shapes: T tokens, K negatives, U candidates, D columns, a multiple of 16 (zero columns change no product). */
+Shapes: T tokens, C tokens of a chunk, K negatives, U candidates, D columns, P = D rounded up to LANES: candidates and their
+gradient have P columns, of which the last are zero. */
 #include "vector.h"
 
-#define AHEAD 6 /* candidates that are fetched before their turn: a table that is larger than the cache waits for memory */
+#define AHEAD 6 /* rows that are fetched before their turn: a table that is larger than the cache waits for memory */
+#define WIDE 8  /* vectors of a row that are summed in registers at a time */
+#define WRONG_INDEX 2
 
-INLINE void fetch(const float *row, int64_t D) {
-    for (int64_t c = 0; c < D; c += LANES) __builtin_prefetch(row + c);
+typedef float quad __attribute__((vector_size(16), aligned(4)));
+typedef int32_t quad_index __attribute__((vector_size(16)));
+#ifdef __clang__
+#define SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#else
+#define SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, (quad_index){i, j, k, l})
+#endif
+
+typedef struct {
+    const float *outputs, *positives, *candidates, *bias; /* bias[u] is added to a candidate's logits; may be null */
+    const int64_t *index, *positive_index;
+    float *loss, *grad_outputs, *grad_positives, *grad_candidates; /* gradients are null where none are wanted */
+    int64_t K, U, D, P;
+    float inverse_tau, masked;
+} Softmax;
+
+/* Of one chunk: every pair's candidate and softmax weight [C, K], the outputs over tau [C, P]. */
+typedef struct {
+    int32_t *ids;
+    float *weights, *scaled;
+} Chunk;
+
+INLINE void fetch(const float *row, int64_t P) {
+    for (int64_t c = 0; c < P; c += 16) __builtin_prefetch(row + c);
 }
 
-INLINE float dot(const float *x, const float *y, int64_t D) {
-    vec even = {0}, odd = {0};
-    int64_t c = 0;
-    for (; c + 2 * LANES <= D; c += 2 * LANES) {
-        even += *(const vec *)(x + c) * *(const vec *)(y + c);
-        odd += *(const vec *)(x + c + LANES) * *(const vec *)(y + c + LANES);
-    }
-    if (c < D) even += *(const vec *)(x + c) * *(const vec *)(y + c);
-    return sum_of(even + odd);
+INLINE quad fold(vec x) {
+    quad parts[LANES / 4], total;
+    memcpy(parts, &x, sizeof x);
+    total = parts[0];
+    for (int i = 1; i < LANES / 4; i++) total += parts[i];
+    return total;
 }
 
-INLINE void add_scaled(float *total, const float *x, float weight, int64_t D) {
-    for (int64_t c = 0; c < D; c += LANES) *(vec *)(total + c) += *(const vec *)(x + c) * weight;
+/* (sum of a, sum of b, sum of c, sum of d) */
+INLINE quad sums_of(vec a, vec b, vec c, vec d) {
+    quad p = fold(a), q = fold(b), r = fold(c), s = fold(d);
+    quad pq = SHUFFLE(p, q, 0, 4, 1, 5) + SHUFFLE(p, q, 2, 6, 3, 7), rs = SHUFFLE(r, s, 0, 4, 1, 5) + SHUFFLE(r, s, 2, 6, 3, 7);
+    return SHUFFLE(pq, rs, 0, 1, 4, 5) + SHUFFLE(pq, rs, 2, 3, 6, 7);
 }
 
-/* total += sum over k of weight[k] table[index[k]], four vectors of columns in registers at a time. */
-INLINE void add_weighted_rows(float *total, const float *table, const int32_t *index, const float *weight, int64_t K,
-                              int64_t D) {
-    int64_t c = 0;
-    for (; c + 4 * LANES <= D; c += 4 * LANES) {
-        vec *t = (vec *)(total + c), t0 = t[0], t1 = t[1], t2 = t[2], t3 = t[3];
-        for (int64_t k = 0; k < K; k++) {
-            const vec *row = (const vec *)(table + (int64_t)index[k] * D + c);
-            t0 += row[0] * weight[k];
-            t1 += row[1] * weight[k];
-            t2 += row[2] * weight[k];
-            t3 += row[3] * weight[k];
+/* out[k] = scale x . table[ids[k]], four rows at a time; writes up to three numbers more. */
+INLINE void products(const float *x, const float *table, const int32_t *ids, float *out, int64_t K, int64_t P, float scale) {
+    for (int64_t k = 0; k < K; k += 4) {
+        const float *rows[4];
+        for (int i = 0; i < 4; i++) {
+            rows[i] = table + ids[k + i < K ? k + i : K - 1] * P;
+            if (k + i + AHEAD < K) fetch(table + ids[k + i + AHEAD] * P, P);
         }
-        t[0] = t0, t[1] = t1, t[2] = t2, t[3] = t3;
-    }
-    for (; c < D; c += LANES) {
-        vec t0 = *(vec *)(total + c);
-        for (int64_t k = 0; k < K; k++) t0 += *(const vec *)(table + (int64_t)index[k] * D + c) * weight[k];
-        *(vec *)(total + c) = t0;
+        vec totals[4] = {{0}, {0}, {0}, {0}};
+        for (int64_t c = 0; c < P; c += LANES) {
+            vec part = *(const vec *)(x + c);
+            for (int i = 0; i < 4; i++) totals[i] += part * *(const vec *)(rows[i] + c);
+        }
+        *(quad *)(out + k) = sums_of(totals[0], totals[1], totals[2], totals[3]) * scale;
     }
 }
 
-/* Per token: loss[t] = -log softmax of the positive, and where gradients are wanted, the softmax weights [T, K] of the
-negatives and the gradients of outputs and positives. Logits are products over tau (inverse_tau), plus bias[u] for
-negatives; a negative at row positive_index[t] has the logit `masked`. */
-API sampled_softmax_tokens(const float *outputs, const float *positives, const float *candidates,
-                                const int32_t *index, const int32_t *positive_index, const float *bias, float *loss,
-                                float *weights, float *grad_outputs, float *grad_positives, int64_t T, int64_t K,
-                                int64_t D, float inverse_tau, float masked, int64_t needs_grad, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t t = 0; t < T; t++) {
-        const float *x = outputs + t * D, *positive = positives + t * D;
-        const int32_t *ids = index + t * K;
-        float *w = weights + t * K;
-        float positive_logit = dot(x, positive, D) * inverse_tau, top = positive_logit, total = 0;
-        for (int64_t k = 0; k < AHEAD && k < K; k++) fetch(candidates + (int64_t)ids[k] * D, D);
-        for (int64_t k = 0; k < K; k++) {
-            if (k + AHEAD < K) fetch(candidates + (int64_t)ids[k + AHEAD] * D, D);
-            w[k] = dot(x, candidates + (int64_t)ids[k] * D, D) * inverse_tau;
-        }
-        if (bias)
-            for (int64_t k = 0; k < K; k++) w[k] += bias[ids[k]];
-        for (int64_t k = 0; k < K; k++) w[k] = ids[k] == positive_index[t] ? masked : w[k];
+/* total[: vectors] += sum over k of weight[k * step] table[ids[k * step]] */
+INLINE void add_strip(float *total, const float *table, const int32_t *ids, const float *weight, int64_t step, int64_t count,
+                      int64_t P, const int vectors) {
+    vec sums[WIDE];
+    for (int v = 0; v < vectors; v++) sums[v] = *(vec *)(total + v * LANES);
+    for (int64_t k = 0; k < count; k++) {
+        const float *row = table + ids[k * step] * P, w = weight[k * step];
+        if (k + AHEAD < count) fetch(table + ids[(k + AHEAD) * step] * P, vectors * LANES);
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; v++) sums[v] += *(const vec *)(row + v * LANES) * w;
+    }
+    for (int v = 0; v < vectors; v++) *(vec *)(total + v * LANES) = sums[v];
+}
+
+INLINE void add_rows(float *total, const float *table, const int32_t *ids, const float *weight, int64_t step, int64_t count,
+                     int64_t P) {
+    for (int64_t c = 0; c < P; c += WIDE * LANES) {
+        int64_t left = (P - c) / LANES;
+#define CASE(n) case n: add_strip(total + c, table + c, ids, weight, step, count, P, n); break;
+        switch (left < WIDE ? left : WIDE) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) }
+#undef CASE
+    }
+}
+
+/* Turns the logits w[K] and the positive's into softmax weights; returns the positive's weight. */
+INLINE float normalise(float *w, int64_t K, float positive_logit, float *loss) {
+    float top = positive_logit, total = 0;
 #pragma omp simd reduction(max : top)
-        for (int64_t k = 0; k < K; k++) top = w[k] > top ? w[k] : top;
+    for (int64_t k = 0; k < K; k++) top = w[k] > top ? w[k] : top;
 #pragma omp simd reduction(+ : total)
-        for (int64_t k = 0; k < K; k++) {
-            /* x - x is 0, or NaN where x is not finite: a broken logit must break the loss */
-            float e = exp_of(w[k] - top) + (w[k] - w[k]);
-            w[k] = e;
-            total += e;
-        }
-        float numerator = exp_of(positive_logit - top) + (positive_logit - positive_logit);
-        total += numerator;
-        loss[t] = logf(total) + top - positive_logit;
-        if (!needs_grad) continue;
-        float inverse_total = 1.0f / total, pull = numerator * inverse_total - 1.0f;
-#pragma omp simd
-        for (int64_t k = 0; k < K; k++) w[k] *= inverse_total;
-        float *gx = grad_outputs + t * D, *gp = grad_positives + t * D;
-        for (int64_t c = 0; c < D; c++) {
-            gx[c] = pull * positive[c];
-            gp[c] = pull * inverse_tau * x[c];
-        }
-        add_weighted_rows(gx, candidates, ids, w, K, D);
-        for (int64_t c = 0; c < D; c++) gx[c] *= inverse_tau;
+    for (int64_t k = 0; k < K; k++) {
+        /* x - x is 0, or NaN where x is not finite: a broken logit must break the loss */
+        float e = exp_of(w[k] - top) + (w[k] - w[k]);
+        w[k] = e;
+        total += e;
     }
+    float numerator = exp_of(positive_logit - top) + (positive_logit - positive_logit);
+    total += numerator;
+    *loss = logf(total) + top - positive_logit;
+    float inverse_total = 1.0f / total;
+#pragma omp simd
+    for (int64_t k = 0; k < K; k++) w[k] *= inverse_total;
+    return numerator * inverse_total;
+}
+
+/* Token t, the c-th of its chunk; `row` and `sum` hold P floats. Returns 0, or WRONG_INDEX. */
+static int token(const Softmax *s, const Chunk *chunk, int64_t t, int64_t c, float *logits, float *row, float *sum) {
+    const float *x = s->outputs + t * s->D, *positive = s->positives + t * s->D;
+    const int64_t *index = s->index + t * s->K, own = s->positive_index[t];
+    int32_t *ids = chunk->ids + c * s->K;
+    float *w = chunk->weights + c * s->K, *scaled = chunk->scaled + c * s->P, positive_logit = 0;
+    int wrong = own < -1 || own >= s->U;
+    for (int64_t k = 0; k < s->K; k++) {
+        wrong |= (uint64_t)index[k] >= (uint64_t)s->U;
+        ids[k] = (int32_t)index[k];
+    }
+    if (wrong) return WRONG_INDEX;
+    memcpy(row, x, (size_t)s->D * sizeof(float));
+#pragma omp simd reduction(+ : positive_logit)
+    for (int64_t i = 0; i < s->D; i++) positive_logit += x[i] * positive[i];
+    positive_logit *= s->inverse_tau;
+    products(row, s->candidates, ids, logits, s->K, s->P, s->inverse_tau);
+    if (s->bias)
+        for (int64_t k = 0; k < s->K; k++) logits[k] += s->bias[ids[k]];
+    for (int64_t k = 0; k < s->K; k++) w[k] = ids[k] == own ? s->masked : logits[k];
+    float pull = normalise(w, s->K, positive_logit, s->loss + t) - 1.0f;
+    if (!s->grad_outputs) return 0;
+    memset(sum, 0, (size_t)s->P * sizeof(float));
+    add_rows(sum, s->candidates, ids, w, 1, s->K, s->P);
+    float *gx = s->grad_outputs + t * s->D, *gp = s->grad_positives + t * s->D;
+    for (int64_t i = 0; i < s->D; i++) gx[i] = (sum[i] + pull * positive[i]) * s->inverse_tau;
+    for (int64_t i = 0; i < s->D; i++) gp[i] = pull * s->inverse_tau * x[i];
+    for (int64_t i = 0; i < s->P; i++) scaled[i] = row[i] * s->inverse_tau;
     return 0;
 }
 
-/* grad_candidates[index[t, k]] += weights[t, k] * outputs[t] / tau. Every thread owns a range of candidates and goes
-through all tokens in order, so nothing is shared and sums don't depend on the number of threads. */
-API sampled_softmax_candidates(const float *outputs, const int32_t *index, const float *weights,
-                                    float *grad_candidates, int64_t T, int64_t K, int64_t D, int64_t U,
-                                    float inverse_tau, int threads) {
-    int status = 0;
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int part = 0; part < threads; part++) {
-        int32_t first = (int32_t)(U * part / threads), width = (int32_t)(U * (part + 1) / threads) - first;
-        int32_t *mine = malloc((size_t)(K + 1) * sizeof *mine);
-        float *scaled = malloc((size_t)(D + 1) * sizeof *scaled);
-        if (!mine || !scaled) {
-#pragma omp atomic write
-            status = OUT_OF_MEMORY;
-        }
-        for (int64_t t = 0; t < T && mine && scaled; t++) {
-            const int32_t *ids = index + t * K;
+/* grad_candidates[u] += sum over the chunk's pairs of u of weight scaled[token], for first <= u < last: the pairs are sorted
+by candidate, so that a row is read and written once, and in the order of the tokens, so that no sum depends on the threads. */
+static int add_candidates(const Softmax *s, const Chunk *chunk, int64_t tokens, int64_t first, int64_t last) {
+    int64_t width = last - first;
+    uint32_t *ends = calloc((size_t)width + 1, sizeof *ends);
+    int32_t *mine = malloc((size_t)(s->K + 1) * sizeof *mine);
+    struct pair { int32_t token; float weight; } *pairs = 0;
+    int status = ends && mine ? 0 : OUT_OF_MEMORY;
+    for (int pass = 0; pass < 2 && !status; pass++) {
+        for (int64_t c = 0; c < tokens; c++) {
+            const int32_t *ids = chunk->ids + c * s->K;
             int64_t found = 0;
-            for (int64_t k = 0; k < K; k++) { /* without a branch: half of them would be mispredicted */
+            for (int64_t k = 0; k < s->K; k++) { /* without a branch: half of them would be mispredicted */
                 mine[found] = (int32_t)k;
-                found += (uint32_t)(ids[k] - first) < (uint32_t)width;
+                found += (uint64_t)(ids[k] - first) < (uint64_t)width;
             }
-            if (!found) continue;
-            for (int64_t c = 0; c < D; c++) scaled[c] = outputs[t * D + c] * inverse_tau;
-            for (int64_t i = 0; i < found; i++) {
-                if (i + AHEAD < found) fetch(grad_candidates + (int64_t)ids[mine[i + AHEAD]] * D, D);
-                add_scaled(grad_candidates + (int64_t)ids[mine[i]] * D, scaled, weights[t * K + mine[i]], D);
+            if (!pass)
+                for (int64_t i = 0; i < found; i++) ends[ids[mine[i]] - first + 1]++;
+            else
+                for (int64_t i = 0; i < found; i++)
+                    pairs[ends[ids[mine[i]] - first]++] = (struct pair){(int32_t)c, chunk->weights[c * s->K + mine[i]]};
+        }
+        if (pass) continue;
+        for (int64_t u = 0; u < width; u++) ends[u + 1] += ends[u];
+        pairs = malloc(((size_t)ends[width] + 1) * sizeof *pairs);
+        if (!pairs) status = OUT_OF_MEMORY;
+    }
+    for (int64_t u = 0, start = 0; u < width && !status; start = ends[u++])
+        if (ends[u] > start)
+            add_rows(s->grad_candidates + (first + u) * s->P, chunk->scaled, &pairs[start].token, &pairs[start].weight, 2,
+                     ends[u] - start, s->P);
+    free(ends), free(mine), free(pairs);
+    return status;
+}
+
+/* loss[t] = -log softmax of the positive, and the gradients of its sum; that of the candidates is added to what is there.
+Logits are products over tau, plus bias[u] for negatives; a negative at row positive_index[t] has the logit `masked`. */
+API sampled_softmax(const float *outputs, const float *positives, const float *candidates, const int64_t *index,
+                    const int64_t *positive_index, const float *bias, float *loss, float *grad_outputs, float *grad_positives,
+                    float *grad_candidates, int64_t T, int64_t K, int64_t U, int64_t D, int64_t chunk_tokens,
+                    float inverse_tau, float masked, int threads) {
+    int64_t P = (D + LANES - 1) / LANES * LANES, C = chunk_tokens < T ? chunk_tokens : T;
+    Softmax s = {outputs, positives, candidates, bias, index, positive_index, loss, grad_outputs, grad_positives,
+                 grad_candidates, K, U, D, P, inverse_tau, masked};
+    size_t pairs = (size_t)(C * K + 1);
+    Chunk chunk = {malloc(pairs * sizeof(int32_t)), malloc(pairs * sizeof(float)), malloc((size_t)(C * P + 1) * sizeof(float))};
+    float *scratch = calloc((size_t)((K + 4 + 2 * P) * threads), sizeof(float));
+    int status = chunk.ids && chunk.weights && chunk.scaled && scratch ? 0 : OUT_OF_MEMORY;
+    for (int64_t start = 0; start < T && !status; start += C) {
+        int64_t tokens = T - start < C ? T - start : C;
+#pragma omp parallel for schedule(static) num_threads(threads)
+        for (int part = 0; part < threads; part++) {
+            float *logits = scratch + (K + 4 + 2 * P) * part, *row = logits + K + 4;
+            int failed = 0;
+            for (int64_t c = tokens * part / threads; c < tokens * (part + 1) / threads && !failed; c++)
+                failed = token(&s, &chunk, start + c, c, logits, row, row + P);
+            if (failed) {
+#pragma omp atomic write
+                status = failed;
             }
         }
-        free(mine);
-        free(scaled);
+        if (!grad_candidates || status) continue;
+#pragma omp parallel for schedule(static) num_threads(threads)
+        for (int part = 0; part < threads; part++) {
+            if (add_candidates(&s, &chunk, tokens, U * part / threads, U * (part + 1) / threads)) {
+#pragma omp atomic write
+                status = OUT_OF_MEMORY;
+            }
+        }
     }
+    free(chunk.ids), free(chunk.weights), free(chunk.scaled), free(scratch);
     return status;
 }

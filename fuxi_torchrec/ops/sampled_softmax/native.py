@@ -1,5 +1,5 @@
-"""The per-token sampled softmax by the C kernels of `ops.native` (softmax.c); `ops.sampled_softmax` says what it computes
-and picks it. Shapes as there; W columns, D rounded up to the kernels' 16 by zero columns, which change no product."""
+"""The per-token sampled softmax by the C kernel of `ops.native` (softmax.c); `ops.sampled_softmax` says what it computes and
+picks it. Shapes as there."""
 
 from typing import Any, Optional, Tuple
 
@@ -10,12 +10,14 @@ from torch.autograd.function import once_differentiable
 
 from fuxi_torchrec.ops.native import library as native
 
-_LANES = 16
+CHUNK_TOKENS = 1024
+"""Tokens of a chunk: their outputs stay in a core's cache while the candidates' gradient gathers them."""
+PAIRS_OF_A_CANDIDATE = 8
+"""A chunk has so many pairs for each candidate, on average: every chunk passes over the candidates' gradient once."""
 
 
 class PerToken(torch.autograd.Function):
-    """The per-token loss. All gradients are made in forward, chunk by chunk of tokens; the loss is a scalar, so
-    backward only scales them."""
+    """The per-token loss. All gradients are made in forward; the loss is a scalar, so backward only scales them."""
 
     @staticmethod
     def forward(
@@ -28,55 +30,24 @@ class PerToken(torch.autograd.Function):
         tau: float,
         bias_U: Optional[Tensor],
         masked: float,
-        chunk: int,
+        largest_chunk: int,
         needs_grad: bool,
     ) -> Tensor:
-        inputs = [_whole_vectors(x) for x in (outputs_TD, positives_TD, candidates_UD)]
-        grads = [torch.empty_like(inputs[0]), torch.empty_like(inputs[1]), torch.zeros_like(inputs[2])]
-        loss_T = inputs[0].new_empty(len(index_TK))
+        (T, D), U, K = outputs_TD.shape, len(candidates_UD), index_TK.shape[1]
+        # Zero columns change no product.
+        candidates_UP = F.pad(candidates_UD, (0, -D % native.lanes())).contiguous()
+        inputs = (outputs_TD.contiguous(), positives_TD.contiguous(), candidates_UP)
+        indices = (index_TK.long().contiguous(), positive_index_T.long().contiguous())
         bias_U = None if bias_U is None else bias_U.float().contiguous()
-        index_TK, positive_index_T = index_TK.int().contiguous(), positive_index_T.int().contiguous()
-        for start in range(0, len(index_TK), chunk):
-            rows = slice(start, start + chunk)
-            tokens = (inputs[0][rows], inputs[1][rows], inputs[2], index_TK[rows], positive_index_T[rows], bias_U)
-            outs = (loss_T[rows], grads[0][rows], grads[1][rows], grads[2]) if needs_grad else (loss_T[rows],)
-            _chunk(*tokens, 1 / tau, masked, *outs)
-        width = outputs_TD.shape[1]
-        ctx.save_for_backward(*(grad[:, :width] for grad in grads) if needs_grad else ())
+        loss_T = outputs_TD.new_empty(T)
+        grads = [torch.empty_like(x) for x in inputs[:2]] + [torch.zeros_like(candidates_UP)] if needs_grad else []
+        chunk = min(largest_chunk, max(CHUNK_TOKENS, -(-PAIRS_OF_A_CANDIDATE * U // max(K, 1))))
+        outs = (loss_T, *(grads or (None, None, None)))
+        native.call("sampled_softmax", *inputs, *indices, bias_U, *outs, T, K, U, D, chunk, 1 / tau, masked)
+        ctx.save_for_backward(*grads[:2], *(grad[:, :D] for grad in grads[2:]))
         return loss_T.sum(dtype=torch.float64).float()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> Tuple[Optional[Tensor], ...]:
         return tuple(grad_loss * saved for saved in ctx.saved_tensors) + (None,) * 7
-
-
-def _chunk(
-    outputs_CW: Tensor,
-    positives_CW: Tensor,
-    candidates_UW: Tensor,
-    index_CK: Tensor,
-    positive_index_C: Tensor,
-    bias_U: Optional[Tensor],
-    inverse_tau: float,
-    masked: float,
-    loss_C: Tensor,
-    grad_outputs_CW: Optional[Tensor] = None,
-    grad_positives_CW: Optional[Tensor] = None,
-    grad_candidates_UW: Optional[Tensor] = None,
-) -> None:
-    weights_CK = outputs_CW.new_empty(index_CK.shape)
-    needs_grad = grad_candidates_UW is not None
-    sizes = (*index_CK.shape, outputs_CW.shape[1])
-    inputs = (outputs_CW, positives_CW, candidates_UW, index_CK, positive_index_C, bias_U, loss_C, weights_CK)
-    native.call(
-        "sampled_softmax_tokens", *inputs, grad_outputs_CW, grad_positives_CW, *sizes, inverse_tau, masked, needs_grad
-    )
-    if needs_grad:
-        outputs = (outputs_CW, index_CK, weights_CK, grad_candidates_UW)
-        native.call("sampled_softmax_candidates", *outputs, *sizes, len(candidates_UW), inverse_tau)
-
-
-def _whole_vectors(x_RD: Tensor) -> Tensor:
-    missing = -x_RD.shape[1] % _LANES
-    return F.pad(x_RD, (0, missing)) if missing else x_RD.contiguous()
