@@ -51,20 +51,34 @@ INLINE quad sums_of(vec a, vec b, vec c, vec d) {
 }
 
 /* out[k] = scale x . table[ids[k]], four rows at a time; writes up to three numbers more. */
-INLINE void products(const float *x, const float *table, const int32_t *ids, float *out, int64_t K, int64_t P, float scale) {
+INLINE void products_of(const float *x, const float *table, const int32_t *ids, float *out, int64_t K, const int64_t P,
+                        float scale) {
     for (int64_t k = 0; k < K; k += 4) {
         const float *rows[4];
+#pragma GCC unroll 4
         for (int i = 0; i < 4; i++) {
             rows[i] = table + ids[k + i < K ? k + i : K - 1] * P;
             if (k + i + AHEAD < K) fetch(table + ids[k + i + AHEAD] * P, P);
         }
         vec totals[4] = {{0}, {0}, {0}, {0}};
+#pragma GCC unroll 8
         for (int64_t c = 0; c < P; c += LANES) {
             vec part = *(const vec *)(x + c);
+#pragma GCC unroll 4
             for (int i = 0; i < 4; i++) totals[i] += part * *(const vec *)(rows[i] + c);
         }
         *(quad *)(out + k) = sums_of(totals[0], totals[1], totals[2], totals[3]) * scale;
     }
+}
+
+/* One version for each of the short rows, whose loops are unrolled. */
+#define FOR_WIDTH(vectors, CASE, OTHERWISE) \
+    switch (vectors) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) default: OTHERWISE; }
+
+static void products(const float *x, const float *table, const int32_t *ids, float *out, int64_t K, int64_t P, float scale) {
+#define CASE(n) case n: products_of(x, table, ids, out, K, n * LANES, scale); break;
+    FOR_WIDTH(P / LANES, CASE, products_of(x, table, ids, out, K, P, scale))
+#undef CASE
 }
 
 /* total[: vectors] += sum over k of weight[k * step] table[ids[k * step]] */
@@ -81,12 +95,11 @@ INLINE void add_strip(float *total, const float *table, const int32_t *ids, cons
     for (int v = 0; v < vectors; v++) *(vec *)(total + v * LANES) = sums[v];
 }
 
-INLINE void add_rows(float *total, const float *table, const int32_t *ids, const float *weight, int64_t step, int64_t count,
+static void add_rows(float *total, const float *table, const int32_t *ids, const float *weight, int64_t step, int64_t count,
                      int64_t P) {
     for (int64_t c = 0; c < P; c += WIDE * LANES) {
-        int64_t left = (P - c) / LANES;
 #define CASE(n) case n: add_strip(total + c, table + c, ids, weight, step, count, P, n); break;
-        switch (left < WIDE ? left : WIDE) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) }
+        FOR_WIDTH((P - c) / LANES, CASE, add_strip(total + c, table + c, ids, weight, step, count, P, WIDE))
 #undef CASE
     }
 }
