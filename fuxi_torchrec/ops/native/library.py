@@ -15,7 +15,7 @@ import shlex
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Callable, Optional, Union
+from typing import Callable, FrozenSet, Iterable, Optional, Union
 
 import torch
 from torch import Tensor
@@ -55,9 +55,31 @@ _SIGNATURES = {
 """Arguments of each kernel. Tensors (or None): F float32, D float64, L int64, W int32; i int64, u uint32, s uint64,
 f float32. The number of threads is last."""
 
+FAMILIES = ("token_mixing", "linear_mixing", "sampled_softmax", "row_wise")
+"""The operations that have kernels here, by what chooses between these and PyTorch's together."""
+
 _log = logging.getLogger(__name__)
+_left_to_pytorch: FrozenSet[str] = frozenset()
 _found = False
 _forked = False
+
+
+def leave_to_pytorch(families: Iterable[str]) -> None:
+    """Makes this process compute these families of operations by PyTorch's operators, and all others by the kernels.
+
+    Raises:
+        ValueError: a name that is none of FAMILIES.
+    """
+    global _left_to_pytorch
+    unknown = set(families) - set(FAMILIES)
+    if unknown:
+        raise ValueError(f"{', '.join(sorted(unknown))}: no kernels of that name; there are {', '.join(FAMILIES)}")
+    _left_to_pytorch = frozenset(families)
+
+
+def is_chosen(family: str) -> bool:
+    """Tells whether a family of operations is not left to PyTorch; whoever asks for a kernel by name gets it all the same."""
+    return family not in _left_to_pytorch
 
 
 def usable(*tensors: Tensor) -> bool:

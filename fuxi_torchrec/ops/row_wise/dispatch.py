@@ -1,8 +1,7 @@
 """Norms, gates and dropout of the blocks, each one autograd node with a closed-form backward.
 
 On a CPU these are bound by memory. Where the kernels of `ops.native` can be had, each is one pass; here is what PyTorch
-does otherwise: rows are worked off in chunks that stay in the cache, few tensors are kept, and dropout draws 16 random
-bits an element instead of a 64-bit uniform number. torch.compile sees plain formulas, which it fuses by itself. Maths in
+does otherwise: rows are worked off in chunks that stay in the cache, and few tensors are kept. torch.compile sees plain formulas, which it fuses by itself. Maths in
 float32 at least.
 
 Shapes: T tokens, W width.
@@ -11,7 +10,6 @@ Shapes: T tokens, W width.
 import math
 from typing import Any, List, Optional, Sequence, Tuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,10 +18,14 @@ from torch.autograd.function import once_differentiable
 from fuxi_torchrec.ops.native import library as native
 from fuxi_torchrec.ops.row_wise import native as native_rows
 from fuxi_torchrec.ops.row_wise.native import L2Normalize
+from fuxi_torchrec.ops.row_wise.random_bits import kept_elements
 
 CHUNK_ELEMENTS = 2**18
 """Elements of a chunk of rows on a CPU; elsewhere there is one chunk."""
-_LEVELS = 2**16
+
+
+def _in_c(*tensors: Tensor) -> bool:
+    return native.is_chosen("row_wise") and native.usable(*tensors)
 
 
 def wide(x: Tensor) -> Tensor:
@@ -41,30 +43,26 @@ class DropoutMask:
     """A dropout mask: which elements of a tensor stay, each with probability 1 - p, and then times `factor` = 1 / (1
     - p).
 
-    Drawn from torch's generator of the device. On a CPU p is rounded to a multiple of 2**-16 and the factor with it;
-    what is kept is 16 random bits an element, turned into zeros and ones chunk by chunk.
+    Its seed is drawn from torch's generator. On a CPU an element's random bits are a function of the seed and its place,
+    the same as the C kernels', so that a run goes on alike by either. What is kept is a byte an element.
     """
 
     def __init__(self, like: Tensor, p: float) -> None:
         assert 0 < p < 1
         self.dtype = like.dtype
-        if like.device.type == "cpu":
-            count, dropped = like.numel(), round(p * _LEVELS)
-            # torch's own generator draws 64 bits in 5 ns; here it only seeds one that takes a fifth of that.
-            seed = int(torch.randint(2**63 - 1, (1,)).item())
-            generator = np.random.Generator(np.random.SFC64(seed))
-            words = generator.integers(-(2**63), 2**63 - 1, (count + 3) // 4, endpoint=True)
-            self.bits = torch.from_numpy(words.view(np.int16))[:count].view(like.shape)  # torch views nothing empty so
-            self.smallest_kept = dropped - _LEVELS // 2
-            self.factor = _LEVELS / (_LEVELS - dropped)
-        else:
-            self.bits = torch.empty_like(like, dtype=torch.int16).bernoulli_(1 - p)
-            self.smallest_kept, self.factor = 1, 1 / (1 - p)
+        self.kept = torch.empty(like.shape, dtype=torch.bool, device=like.device)
+        if like.device.type != "cpu":
+            self.kept.bernoulli_(1 - p)
+            self.factor = 1 / (1 - p)
+            return
+        mask, flat_TW = native_rows.draw_mask(p), self.kept.flatten(1)
+        for rows in _row_chunks(flat_TW):
+            flat_TW[rows] = kept_elements(mask, rows.start, rows.stop - rows.start, flat_TW.shape[1])
+        self.factor = mask.factor
 
     def __getitem__(self, rows: slice) -> Tensor:
         """Zeros and ones for some rows, in the type of the masked tensor."""
-        bits = self.bits[rows]
-        return torch.ge(bits, self.smallest_kept, out=torch.empty_like(bits, dtype=self.dtype))
+        return self.kept[rows].to(self.dtype)
 
 
 def _mask(like: Tensor, p: float) -> Tuple[Optional[DropoutMask], float]:
@@ -97,7 +95,7 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
         return x
     if torch.compiler.is_compiling():
         return F.dropout(wide(x), p)
-    if native.usable(x):
+    if _in_c(x):
         return native_rows.Dropout.apply(x.flatten(1), p).view(x.shape)
     return _Dropout.apply(wide(x), p)
 
@@ -145,7 +143,7 @@ def rms_norm(x_TW: Tensor, dropout_p: float = 0.0, training: bool = False, eps: 
     p, x_TW = dropout_p if training else 0.0, wide(x_TW)
     if torch.compiler.is_compiling():
         return F.dropout(F.rms_norm(x_TW, x_TW.shape[-1:], eps=eps), p)
-    if native.usable(x_TW):
+    if _in_c(x_TW):
         return native_rows.RMSNorm.apply(None, x_TW, p, eps)
     return _RMSNorm.apply(x_TW, p, eps)
 
@@ -191,7 +189,7 @@ def gated_rms_norm(
     p, gate_TW, x_TW = dropout_p if training else 0.0, wide(gate_TW), wide(x_TW)
     if torch.compiler.is_compiling():
         return F.dropout(gate_TW * F.rms_norm(x_TW, x_TW.shape[-1:], eps=eps), p)
-    if native.usable(gate_TW, x_TW):
+    if _in_c(gate_TW, x_TW):
         return native_rows.RMSNorm.apply(gate_TW, x_TW, p, eps)
     return _GatedRMSNorm.apply(gate_TW, x_TW, p, eps)
 
@@ -233,7 +231,7 @@ def swiglu(x_TW: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         gate_TF, up_TF = x_TW.chunk(2, dim=1)
         return F.silu(gate_TF) * up_TF
-    return (native_rows.SwiGLU if native.usable(x_TW) else _SwiGLU).apply(x_TW)
+    return (native_rows.SwiGLU if _in_c(x_TW) else _SwiGLU).apply(x_TW)
 
 
 class _SiLUSplit(torch.autograd.Function):
@@ -262,13 +260,13 @@ def silu_split(x_TW: Tensor, sizes: Sequence[int]) -> Tuple[Tensor, ...]:
     """Computes SiLU(x), cut along the last axis."""
     if torch.compiler.is_compiling():
         return F.silu(x_TW).split(sizes, dim=1)
-    return (native_rows.SiLUSplit if native.usable(x_TW) else _SiLUSplit).apply(x_TW, sizes)
+    return (native_rows.SiLUSplit if _in_c(x_TW) else _SiLUSplit).apply(x_TW, sizes)
 
 
 def add_positions(x_TW: Tensor, table_NW: Tensor, position_T: Tensor, dropout_p: float, training: bool) -> Tensor:
     """dropout(√W x + table[position]): the input step of every encoder; [T, W]. position_T: int64."""
     scale, p = math.sqrt(x_TW.shape[1]), dropout_p if training else 0.0
-    if native.usable(x_TW, table_NW):
+    if _in_c(x_TW, table_NW):
         return native_rows.InputStep.apply(x_TW, table_NW, position_T, scale, p)
     return dropout(torch.add(F.embedding(position_T, table_NW), x_TW, alpha=scale), dropout_p, training)
 
@@ -284,7 +282,7 @@ def l2_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
     x = x if x.dtype == torch.float64 else x.float()
     if torch.compiler.is_compiling():
         return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=eps)
-    return (L2Normalize if x.ndim == 2 and native.usable(x) else _L2Normalize).apply(x, eps)
+    return (L2Normalize if x.ndim == 2 and _in_c(x) else _L2Normalize).apply(x, eps)
 
 
 class _L2Normalize(torch.autograd.Function):

@@ -73,7 +73,8 @@ def per_token_sampled_softmax(
     inputs = tuple(x.float() for x in (outputs_TD, positives_TD, candidates_UD))
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     chunk = max(1, chunk_logits // max(1, negative_index_TK.shape[1]))
-    if implementation != "chunked" and native.usable(*inputs):
+    chosen = implementation == "native" or (implementation == "auto" and native.is_chosen("sampled_softmax"))
+    if chosen and native.usable(*inputs):
         index = (negative_index_TK, positive_index_T)
         return PerToken.apply(*inputs, *index, temperature, bias_U, MASKED_LOGIT, chunk, needs_grad)
     inputs = tuple(map(_whole_vectors, inputs))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fuxi_torchrec.ops.jagged import JaggedLayout
+from fuxi_torchrec.ops.native import library as native
 from fuxi_torchrec.ops.token_mixing import native as mixing_native
 from fuxi_torchrec.ops.token_mixing import triton as triton_mixing
 from fuxi_torchrec.ops.token_mixing.operator import make_features, mix_op
@@ -121,7 +122,7 @@ def plan_mixing(
         for linear_from in dict.fromkeys(froms):
             members = tuple(c for c, start in enumerate(froms) if start == linear_from)
             chosen = [channels[c] for c in members]
-            in_c = implementation in ("auto", "linear") and mixing_native.supports(like, chosen)
+            in_c = implementation in ("auto", "linear") and _by_kernel(like, chosen)
             features = tuple(_features(like, channel, gaps, linear_from, in_c, shared) for channel in chosen)
             parts.append(MixingPart(members, linear_from, in_c, features))
     return MixingPlan(kernel, like.dtype, layout, gaps, tuple(parts))
@@ -157,9 +158,13 @@ def _kernel(
         if triton_mixing.can_mix(like, channels):
             return "triton"
         within = implementation == "exact" or layout.max_length <= NATIVE_TO
-        if within and mixing_native.supports(like, channels):
+        if within and _by_kernel(like, channels):
             return "native"
     return "torch"
+
+
+def _by_kernel(like: Tensor, channels: Sequence[Channel]) -> bool:
+    return native.is_chosen("token_mixing") and mixing_native.supports(like, channels)
 
 
 def _linear_from(

@@ -27,7 +27,7 @@ def toeplitz_forward(y_THd: Tensor, v_THd: Tensor, users: Sequence[Tuple[int, in
         ValueError: other shapes, a user's rows beyond the tensors', or fewer weights than the longest user has rows.
     """
     _check(users, weight_N, v_THd, y_THd)
-    if native.usable(y_THd, v_THd, weight_N):
+    if _in_c(y_THd, v_THd, weight_N):
         plan = _plan(tuple(users))
         native.call("toeplitz_forward", *_rows(v_THd), *_rows(y_THd), weight_N.contiguous(), len(weight_N), *plan, _E(v_THd))
         return
@@ -41,7 +41,7 @@ def toeplitz_backward(
     """Adds v's gradient to grad_v and returns the weights', [N]; tensors and errors as in `toeplitz_forward`."""
     _check(users, weight_N, v_THd, grad_THd, grad_v_THd)
     grad_weight_N = torch.zeros_like(weight_N, memory_format=torch.contiguous_format)
-    if native.usable(grad_v_THd, grad_THd, v_THd, weight_N):
+    if _in_c(grad_v_THd, grad_THd, v_THd, weight_N):
         rows = (*_rows(v_THd), *_rows(grad_THd), *_rows(grad_v_THd))
         weights = (weight_N.contiguous(), grad_weight_N, len(weight_N))
         native.call("toeplitz_backward", *rows, *weights, *_plan(tuple(users)), _E(v_THd))
@@ -50,6 +50,10 @@ def toeplitz_backward(
         own = slice(first, first + n)
         grad_weight_N[:n] += _backward(grad_v_THd[own], grad_THd[own], v_THd[own], weight_N[:n])
     return grad_weight_N
+
+
+def _in_c(*tensors: Tensor) -> bool:
+    return native.is_chosen("linear_mixing") and native.usable(*tensors)
 
 
 def _check(users: Sequence[Tuple[int, int]], weight_N: Tensor, v_THd: Tensor, *others: Tensor) -> None:
