@@ -7,6 +7,8 @@ import pytest
 
 # Tests in two processes beside each other (make test) get a core each: threads that wait for others would spin.
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+# Runs that are compared bit for bit take the same kernels, whatever a busy machine would measure.
+os.environ.setdefault("FUXI_TORCHREC_NATIVE", "1")
 
 
 def write_events(path, users, seed=0, items=60):

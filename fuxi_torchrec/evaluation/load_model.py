@@ -1,6 +1,7 @@
 """A run's saved model, opened for evaluation or recommendation."""
 
 import dataclasses
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Iterator
@@ -15,6 +16,7 @@ from fuxi_torchrec.distributed.failures import fail_together
 from fuxi_torchrec.distributed.world import World, start_world
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.run.folder import RunFolder
+from fuxi_torchrec.run.kernels import use_kernels_of
 from fuxi_torchrec.sharding.model_parallel import build_distributed
 
 
@@ -51,6 +53,7 @@ def open_model(run: RunFolder, config: Config, checkpoint: str, verify: bool = F
         config = dataclasses.replace(config, table=dataclasses.replace(config.table, optimizer="rowwise_adagrad"))
     with start_world(config.trainer.device, config.trainer.timeout_minutes) as world, fail_together(world):
         dataset.check_files(world.rank, world.size, verify)
+        use_kernels_of(run, world, lambda text: print(text, file=sys.stderr, flush=True))
         model, _ = build_distributed(config, dataset.identity, world)
         state = Checkpoints(run.checkpoints, config, dataset.identity.num_items, world).load(checkpoint, model)
         model.eval()

@@ -1,4 +1,5 @@
-"""The folder of a run: config.yaml, dataset.json, metrics.jsonl, saved.json, tensorboard/, checkpoints/, profile/.
+"""The folder of a run: config.yaml, dataset.json, kernels.json, metrics.jsonl, saved.json, tensorboard/, checkpoints/,
+profile/.
 
 Only rank 0 of the one job that owns the folder (lock/) writes here; whole files are written aside and renamed,
 metrics.jsonl grows line by line.
@@ -18,6 +19,7 @@ from fuxi_torchrec.paths import absolute, is_address, join
 from fuxi_torchrec.run.lock import Lock
 
 CONFIG_FILE = "config.yaml"
+KERNELS_FILE = "kernels.json"
 METRICS_FILE = "metrics.jsonl"
 SAVED_FILE = "saved.json"  # the last checkpoint that was completed; it stays when checkpoints/ is moved away
 LOCK_FOLDER = "lock"
@@ -188,6 +190,25 @@ class RunFolder:
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{self._file(SAVED_FILE)}: cannot be read; remove it to start again from nothing") from None
 
+    def note_kernels(self, record: JsonObject) -> None:
+        """Records the CPU kernels that the run computes with."""
+        write_aside(self._file(KERNELS_FILE), kernels_text(record))
+
+    def kernels(self) -> Optional[JsonObject]:
+        """Reads the record of the run's CPU kernels; None where there is none, as in older runs. Raises UserError where
+        it cannot be read."""
+        path = self._file(KERNELS_FILE)
+        try:
+            with open(path, encoding="utf-8") as file:
+                record = json.load(file)
+            if not all(isinstance(family, str) for family in record["left_to_pytorch"]):
+                raise TypeError("left_to_pytorch is a list of names")
+            return {**record, "processor": str(record["processor"])}
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path}: cannot be read; remove it: the run then goes on with all kernels") from None
+
     def identity(self) -> DatasetIdentity:
         """Reads the identity of the data set that the run was trained on."""
         return read_identity(self.path)
@@ -231,6 +252,11 @@ class RunFolder:
 
     def _file(self, name: str) -> str:
         return os.path.join(self.path, name)
+
+
+def kernels_text(record: JsonObject) -> str:
+    """Returns the text of kernels.json, in the run's folder and in each checkpoint."""
+    return json.dumps(record, indent=2) + "\n"
 
 
 def is_restart() -> bool:

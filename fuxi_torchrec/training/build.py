@@ -16,7 +16,8 @@ from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.files import JsonObject
 from fuxi_torchrec.profiling.peak_flops import peak_flops
 from fuxi_torchrec.profiling.trace import StepProfile
-from fuxi_torchrec.run.folder import RunFolder
+from fuxi_torchrec.run.folder import KERNELS_FILE, RunFolder, kernels_text
+from fuxi_torchrec.run.kernels import choose_kernels
 from fuxi_torchrec.run.reporting import Progression
 from fuxi_torchrec.sharding.model_parallel import build_distributed
 from fuxi_torchrec.sharding.plan import PLAN_FILE, optimizer_identity, plan_record
@@ -46,6 +47,7 @@ def build_trainer(
             with.
     """
     seed, num_items = config.trainer.seed, dataset.identity.num_items
+    kernels = choose_kernels(config, dataset.identity, run, world, resume, lambda text: _report(text, world))
     torch.manual_seed(seed)
     model, table = build_distributed(config, dataset.identity, world)
     _report_unused(config, Resolved(table.is_sharded, world.device.type, world.size), world)
@@ -55,7 +57,8 @@ def build_trainer(
     sampler = NegativeSampler(config.loss, num_items, seed, world.rank, frequency_V)
     stream = TrainingStream(dataset, config.data, sampler, seed, world.rank, world.size)
     optimizer = build_optimizer(model, config.optimizer, table.rate_ratio)
-    extra_files = {PLAN_FILE: plan_record(model.plan, table, num_items, config.model.embedding_dim, world.size)}
+    plan = plan_record(model.plan, table, num_items, config.model.embedding_dim, world.size)
+    extra_files = {PLAN_FILE: plan, KERNELS_FILE: kernels_text(kernels)}
     trained_as = optimizer_identity(model.plan, table)
     checkpoints = Checkpoints(run.checkpoints, config, num_items, world, extra_files, trained_as, run)
     state = RunState(config, dataset.identity.num_users)
@@ -69,6 +72,7 @@ def build_trainer(
         checkpoints.refuse_others()
     if world.is_main:
         run.describe(config, dataset.identity)
+        run.note_kernels(kernels)
     progression = Progression(run, state.done, state.step, world.is_main)
     parts = TrainingParts(
         model=model,

@@ -78,6 +78,22 @@ def test_extreme_values_saturate_and_nan_stays(x):
 
 
 @needs_compiler
+@pytest.mark.parametrize("shape", [(0, 3), (1, 1), (7, 5), (5000, 100), (4, 3, 6)])
+def test_both_ways_drop_the_same_elements_and_draw_as_much(shape, monkeypatch):
+    """So a run goes on alike by either; 5,000 rows are several of PyTorch's chunks."""
+    x, found = torch.randn(shape).requires_grad_(), []
+    for way in ("native", "torch"):
+        if way == "torch":
+            monkeypatch.setattr(native, "library", lambda: None)
+        elif native.library() is None:
+            pytest.skip("no C compiler here")
+        torch.manual_seed(5)
+        out = row_wise.dropout(x, 0.3, True)
+        found.append((out, *torch.autograd.grad(out, x, torch.ones_like(out)), torch.rand(1)))
+    for by_c, by_torch in zip(*found):
+        assert torch.equal(by_c, by_torch)
+
+
 def test_dropout_keeps_its_share_and_backward_its_mask():
     torch.manual_seed(0)
     x = torch.ones(3000, 200, requires_grad=True)

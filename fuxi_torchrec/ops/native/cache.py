@@ -33,6 +33,39 @@ def load(name: str, build: Callable[[Path], object]) -> ctypes.CDLL:
     return _build(name, build, folder) if kept is None else kept
 
 
+def digest(text: str) -> str:
+    """Shortens a text to a name that tells it from others."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def kept_text(name: str) -> Optional[str]:
+    """Reads a text that `keep_text` has kept; None where there is none of this user's own."""
+    folder = _own_folder()
+    try:
+        descriptor = -1 if folder is None else os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return None
+    if descriptor < 0:
+        return None
+    with open(descriptor, encoding="utf-8", errors="replace") as file:
+        return file.read() if _is_own(os.fstat(descriptor), stat.S_ISREG) else None
+
+
+def keep_text(name: str, text: str) -> None:
+    """Keeps a short text beside the kernels, complete or not at all."""
+    folder = _own_folder()
+    if folder is None:
+        return
+    try:
+        with tempfile.TemporaryDirectory(prefix="fuxi_torchrec-", dir=folder) as scratch:
+            aside = Path(scratch) / name
+            aside.write_text(text, encoding="utf-8")
+            aside.chmod(0o600)
+            os.replace(aside, folder / name)
+    except OSError as error:
+        _log.info("%s could not be kept in %s (%s)", name, folder, error)
+
+
 def _build(name: str, build: Callable[[Path], object], folder: Optional[Path]) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory(prefix="fuxi_torchrec-", dir=folder) as scratch:
         built = Path(scratch) / name

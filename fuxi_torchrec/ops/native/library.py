@@ -15,7 +15,7 @@ import shlex
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Callable, FrozenSet, Iterable, Optional, Union
+from typing import Callable, FrozenSet, Iterable, List, Optional, Union
 
 import torch
 from torch import Tensor
@@ -75,6 +75,11 @@ def leave_to_pytorch(families: Iterable[str]) -> None:
     if unknown:
         raise ValueError(f"{', '.join(sorted(unknown))}: no kernels of that name; there are {', '.join(FAMILIES)}")
     _left_to_pytorch = frozenset(families)
+
+
+def left_to_pytorch() -> FrozenSet[str]:
+    """Returns the families of operations that PyTorch computes."""
+    return _left_to_pytorch
 
 
 def is_chosen(family: str) -> bool:
@@ -158,7 +163,7 @@ def lanes() -> int:
 @functools.cache
 def library() -> Optional[ctypes.CDLL]:
     """Returns the compiled kernels, or None: switched off, no compiler, or it failed (reported once, as a warning)."""
-    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
+    compiler = _compiler()
     if os.environ.get(SWITCH) == "0" or platform.system() != "Linux":
         return None
     if compiler is None:
@@ -177,16 +182,33 @@ def library() -> Optional[ctypes.CDLL]:
 
 
 def _open(compiler: str) -> ctypes.CDLL:
-    sources = sorted(SOURCES.glob("*.c"))
-    flags = [*FLAGS, *LINK_FLAGS, *shlex.split(os.environ.get(MORE_FLAGS, ""))]
-    parts = [compiler, _run(compiler, "--version"), *flags, _processor()]
-    hashed = hashlib.sha256("\0".join(parts).encode())
-    for path in (*sources, *sorted(SOURCES.glob("*.h"))):
-        hashed.update(b"\0" + path.read_bytes())
+    flags, sources = _flags(), sorted(SOURCES.glob("*.c"))
     return cache.load(
-        f"kernels-{hashed.hexdigest()[:16]}.so",
-        lambda built: _run(compiler, *flags, *map(str, sources), "-o", str(built), "-lm"),
+        f"{_name(compiler)}.so", lambda built: _run(compiler, *flags, *map(str, sources), "-o", str(built), "-lm")
     )
+
+
+def name() -> str:
+    """Names the kernels of this machine and environment by a hash of all that they depend on."""
+    compiler = _compiler()
+    assert compiler is not None
+    return _name(compiler)
+
+
+@functools.cache
+def _name(compiler: str) -> str:
+    hashed = hashlib.sha256("\0".join([compiler, _run(compiler, "--version"), *_flags(), _processor()]).encode())
+    for path in (*sorted(SOURCES.glob("*.c")), *sorted(SOURCES.glob("*.h"))):
+        hashed.update(b"\0" + path.read_bytes())
+    return f"kernels-{hashed.hexdigest()[:16]}"
+
+
+def _flags() -> List[str]:
+    return [*FLAGS, *LINK_FLAGS, *shlex.split(os.environ.get(MORE_FLAGS, ""))]
+
+
+def _compiler() -> Optional[str]:
+    return shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
 
 
 def _run(*command: str) -> str:
@@ -195,6 +217,12 @@ def _run(*command: str) -> str:
         command, capture_output=True, encoding="utf-8", errors="replace", check=True, timeout=COMPILE_SECONDS
     )
     return done.stdout
+
+
+def processor() -> str:
+    """Names the processor, as it names itself."""
+    names = [line.partition(":")[2].strip() for line in _processor().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _processor() -> str:

@@ -1,8 +1,8 @@
 """Norms, gates and dropout of the blocks, each one autograd node with a closed-form backward.
 
 On a CPU these are bound by memory. Where the kernels of `ops.native` can be had, each is one pass; here is what PyTorch
-does otherwise: rows are worked off in chunks that stay in the cache, and few tensors are kept. torch.compile sees plain formulas, which it fuses by itself. Maths in
-float32 at least.
+does otherwise: rows are worked off in chunks that stay in the cache, and few tensors are kept. torch.compile sees plain
+formulas, which it fuses by itself. Maths in float32 at least.
 
 Shapes: T tokens, W width.
 """
