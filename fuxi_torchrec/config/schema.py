@@ -164,7 +164,7 @@ class TableConfig:
     sharding: Literal["auto", "replicated", "row_wise", "table_wise", "column_wise"] = "auto"
     """replicated: each rank holds the whole table, trained by AdamW, as the papers do. row_wise, table_wise, column_wise:
     each rank holds a part. auto: replicated where the table, its gradient and AdamW's state take at most 2 % of a rank's
-    memory; else TorchRec's planner chooses."""
+    memory, and passing over them at every step an estimated tenth of the step; else TorchRec's planner chooses."""
     optimizer: Optional[Literal["adamw", "rowwise_adagrad", "adagrad", "adam"]] = None
     """adamw trains replicated tables alone, the others sharded ones alone; adam needs a GPU. null: adamw for a replicated
     table, rowwise_adagrad for a sharded one."""

@@ -86,7 +86,7 @@ def mean_events(identity: DatasetIdentity) -> float:
 def choose(config: Config, machine: Machine, num_items: int, events: float) -> TableChoice:
     """Chooses the table's sharding and optimizer for the memory that a batch leaves. Raises UserError as
     table_choice.choose_table does."""
-    return choose_table(config, num_items, machine.memory - batch_bytes(config, machine, num_items, events))
+    return choose_table(config, num_items, machine.memory - batch_bytes(config, machine, num_items, events), events)
 
 
 def apply_table_optimizer(embeddings: nn.Module, choice: TableChoice, optimizer: OptimizerConfig) -> None:

@@ -8,11 +8,18 @@ from dataclasses import dataclass
 
 from fuxi_torchrec.config import Config
 from fuxi_torchrec.errors import UserError
-from fuxi_torchrec.sharding.memory_estimate import ADAMW_COPIES, FLOAT_BYTES
+from fuxi_torchrec.profiling.flops import training_flops
+from fuxi_torchrec.sharding.memory_estimate import ADAMW_COPIES, FLOAT_BYTES, candidates, positions
 
-# auto replicates a table whose rows, gradient and two AdamW moments take at most this part of a rank's memory. Beyond
-# it, all-reducing and stepping a gradient of the whole table would outweigh the encoder.
+# auto replicates no table whose rows, gradient and two AdamW moments take more than this part of a rank's memory.
 SMALL_PART = 0.02
+# Nor one over which gradient and AdamW pass, at every step, for more than this part of the step.
+CHEAP_PART = 0.1
+# A gradient of the whole table is written as zeros, then AdamW reads four arrays and writes three.
+DENSE_PASSES = 8
+# Floating-point operations of a step's products in the time in which a byte of such a pass goes by. Two CPU cores: 60
+# GFLOP/s of a whole step's time, 15 GB/s.
+FLOPS_A_BYTE = 4
 
 
 @dataclass(frozen=True)
@@ -24,6 +31,8 @@ class TableChoice:
     optimizer: str
     learning_rate: float
     rate_ratio: float
+    note: str = ""
+    """What a user should know of the choice; empty for nothing."""
 
     @property
     def is_sharded(self) -> bool:
@@ -31,25 +40,50 @@ class TableChoice:
         return self.sharding != "replicated"
 
 
-def choose_table(config: Config, num_items: int, memory: int) -> TableChoice:
+def dense_part(config: Config, num_items: int, events: float) -> float:
+    """Estimates the part of a training step that passes over the whole of a replicated table take.
+
+    Args:
+        events: mean events of a user.
+    """
+    tokens, model = positions(config.data, events), config.model
+    lengths = [max(1, round(tokens / config.data.batch_size))] * config.data.batch_size
+    compared = config.loss.num_negatives
+    if config.loss.negatives != "per_token":
+        compared = round(candidates(config, num_items, events))
+    step = training_flops(model, lengths, compared) / FLOPS_A_BYTE
+    dense = DENSE_PASSES * FLOAT_BYTES * num_items * model.embedding_dim
+    return dense / (dense + step)
+
+
+def choose_table(config: Config, num_items: int, memory: int, events: float) -> TableChoice:
     """Resolves `auto` and the defaults.
 
     auto is replicated if the optimizer asked for is adamw; sharded if it is another one; and with none asked for,
-    replicated if 4 copies (rows, gradient, AdamW's two moments) fit SMALL_PART of a rank's memory.
+    replicated if 4 copies (rows, gradient, AdamW's two moments) fit SMALL_PART of a rank's memory, and passing over them
+    takes at most CHEAP_PART of a step. A width that fbgemm does not shard is replicated as long as it fits, with a note.
 
     Args:
         num_items: V.
         memory: bytes of a rank: HBM on a GPU, its share of the host's on a CPU.
+        events: mean events of a user.
 
     Raises:
         UserError: auto must shard, and the width is none that fbgemm shards.
     """
-    table, width = config.table, config.model.embedding_dim
+    table, width, note = config.table, config.model.embedding_dim, ""
     sharding = table.sharding
     if sharding == "auto":
         small = ADAMW_COPIES * num_items * width * FLOAT_BYTES <= SMALL_PART * memory
-        if table.optimizer == "adamw" or (table.optimizer is None and small):
+        part = dense_part(config, num_items, events)
+        if table.optimizer == "adamw" or (table.optimizer is None and small and part <= CHEAP_PART):
             sharding = "replicated"
+        elif table.optimizer is None and small and width % 4:
+            sharding = "replicated"
+            note = (
+                f"table.sharding: auto: about {part:.0%} of a step passes over the whole table of {num_items} items; a "
+                f"model.embedding_dim that is a multiple of 4, unlike {width}, would let it be sharded (row_wise)"
+            )
         elif width % 4:
             raise UserError(
                 f"model.embedding_dim: a table of {num_items} items is to be sharded here, and fbgemm's sharded tables "
@@ -57,5 +91,5 @@ def choose_table(config: Config, num_items: int, memory: int) -> TableChoice:
             )
     rate = table.learning_rate or config.optimizer.learning_rate
     if sharding == "replicated":
-        return TableChoice(sharding, "adamw", config.optimizer.learning_rate, 1.0)
+        return TableChoice(sharding, "adamw", config.optimizer.learning_rate, 1.0, note)
     return TableChoice(sharding, table.optimizer or "rowwise_adagrad", rate, rate / config.optimizer.learning_rate)

@@ -50,6 +50,8 @@ def build_trainer(
     kernels = choose_kernels(config, dataset.identity, run, world, resume, lambda text: _report(text, world))
     torch.manual_seed(seed)
     model, table = build_distributed(config, dataset.identity, world)
+    if table.note:
+        _report(table.note, world)
     _report_unused(config, Resolved(table.is_sharded, world.device.type, world.size), world)
     if config.trainer.compile:
         compile_blocks(model.module.tower.encoder)

@@ -13,7 +13,7 @@ from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.model.table_init import init_rows
 from fuxi_torchrec.sharding.planner import Machine
 from fuxi_torchrec.sharding.report import report
-from fuxi_torchrec.sharding.table_choice import choose_table
+from fuxi_torchrec.sharding.table_choice import choose_table, dense_part
 from tests.helpers.command_line import SMOKE
 
 pytestmark = pytest.mark.thorough
@@ -75,16 +75,33 @@ def test_auto_replicates_a_small_table_and_what_adamw_shall_train():
     config = Config()
     config.model.embedding_dim = 64
     gib = 1 << 30
-    assert choose_table(config, 3_706, 12 * gib).sharding == "replicated"
-    assert choose_table(config, 10_000_000, 12 * gib) == choose_table(config, 10_000_000, 80 * gib)
-    assert choose_table(config, 10_000_000, 12 * gib).optimizer == "rowwise_adagrad"
+    assert choose_table(config, 3_706, 12 * gib, 100.0).sharding == "replicated"
+    assert choose_table(config, 10_000_000, 12 * gib, 100.0) == choose_table(config, 10_000_000, 80 * gib, 100.0)
+    assert choose_table(config, 10_000_000, 12 * gib, 100.0).optimizer == "rowwise_adagrad"
     config.table.optimizer = "adamw"
-    assert choose_table(config, 10_000_000, 12 * gib).sharding == "replicated"
+    assert choose_table(config, 10_000_000, 12 * gib, 100.0).sharding == "replicated"
     config.table.optimizer, config.table.learning_rate = "adagrad", 1e-2
-    assert choose_table(config, 3_706, 12 * gib).rate_ratio == pytest.approx(10)
+    assert choose_table(config, 3_706, 12 * gib, 100.0).rate_ratio == pytest.approx(10)
     config.table.optimizer, config.model.embedding_dim = None, 50
     with pytest.raises(UserError, match="model.embedding_dim: .*multiple of 4"):
-        choose_table(config, 10_000_000, 12 * gib)
+        choose_table(config, 10_000_000, 12 * gib, 100.0)
+
+
+def test_auto_shards_a_table_that_fits_but_would_cost_more_than_a_tenth_of_every_step():
+    """864,691 items of 32 numbers are 0.4 GB with their gradient and moments, and small batches have little else to do."""
+    config, memory = Config(), 1 << 40
+    config.model.embedding_dim = config.model.value_dim = 32
+    config.data.batch_size, config.loss.negatives = 64, "shared"
+    assert choose_table(config, 864_691, memory, 50.0).is_sharded
+    parts = [dense_part(config, items, 50.0) for items in (1_000, 10_000, 100_000, 1_000_000)]
+    assert parts == sorted(parts) and parts[0] < 0.1 < parts[2]
+    config.data.batch_size = 8192  # a step in which the pass is little again
+    assert dense_part(config, 100_000, 50.0) < 0.1
+    config.data.batch_size, config.model.embedding_dim = 64, 50
+    kept = choose_table(config, 864_691, memory, 50.0)  # fbgemm shards no such width
+    assert not kept.is_sharded and "passes over the whole table" in kept.note and "row_wise" in kept.note
+    config.table.sharding = "replicated"
+    assert choose_table(config, 864_691, memory, 50.0).note == ""
 
 
 def test_initial_rows_do_not_depend_on_the_cut():
