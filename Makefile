@@ -33,7 +33,7 @@ INSTALLED := $(VENV)/.installed-$(DEVICE)
 OTHER_FBGEMM := $(if $(filter cuda,$(DEVICE)),fbgemm-gpu-cpu,fbgemm-gpu)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help install smoke test quick sanitize narrow slurm image lint types docs clean
+.PHONY: help install smoke test quick sanitize narrow arm slurm image lint types docs clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -50,7 +50,7 @@ test: $(INSTALLED)  ## the tests
 	$(BIN)/python -m pytest -q -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder --durations=10 $(PYTEST_ARGS)
 
 quick: lint types  ## between edits: lint, contracts, types and the fast tests
-	$(BIN)/python -m pytest -q -n $(TEST_JOBS) --dist loadfile -m "not thorough and not slow and not slurm" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -n $(TEST_JOBS) --dist loadfile -m "not thorough and not slow and not slurm and not arm" $(PYTEST_ARGS)
 
 # The sanitizers' libraries come before everything that the process loads; what Python never gives back is no leak of ours.
 SANITIZED = LD_PRELOAD="$$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libubsan.so)" \
@@ -66,6 +66,13 @@ narrow: $(INSTALLED)  ## the numeric tests with the vectors of processors withou
 	for flag in -mno-avx512f -mno-avx; do MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 \
 		FUXI_TORCHREC_NATIVE_FLAGS=$$flag $(BIN)/python -m pytest -q tests/ops tests/encoders/test_golden.py \
 		$(PYTEST_ARGS) || exit 1; done
+
+# Debian's compiler and emulator are installed where that is possible and they are missing.
+arm: $(INSTALLED)  ## the C kernels compiled for aarch64 and run by an emulator (needs Debian's packages, else skipped)
+	@command -v aarch64-linux-gnu-gcc >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+		&& timeout 240 sh -c 'apt-get update -qq && apt-get install -y -qq --no-install-recommends gcc-aarch64-linux-gnu \
+		libc6-dev-arm64-cross qemu-user' >/dev/null 2>&1; } || echo "no compiler and emulator for aarch64 could be installed"
+	timeout 120 $(BIN)/python -m pytest -q -rs -m arm tests/ops $(PYTEST_ARGS)
 
 slurm: $(INSTALLED)  ## tests on a real Slurm of two nodes, brought up here (needs root and apt, else skipped)
 	timeout --signal=INT --kill-after=60 600 \

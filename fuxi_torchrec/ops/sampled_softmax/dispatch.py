@@ -63,10 +63,9 @@ def per_token_sampled_softmax(
             a CPU alone, where looking is cheap).
     """
     _check_shapes(outputs_TD, positives_TD, candidates_UD, negative_index_TK, positive_index_T, bias_U)
-    _check_rows("negatives", negative_index_TK, 0, len(candidates_UD))
-    _check_rows("positives", positive_index_T, -1, len(candidates_UD))
     kernels = _triton_kernels("per_token", implementation, outputs_TD)
     if kernels is not None:
+        _check_indices(negative_index_TK, positive_index_T, len(candidates_UD))
         return kernels.triton_per_token_softmax(
             outputs_TD, positives_TD, candidates_UD, negative_index_TK, positive_index_T, temperature, bias_U
         )
@@ -76,7 +75,12 @@ def per_token_sampled_softmax(
     chosen = implementation == "native" or (implementation == "auto" and native.is_chosen("sampled_softmax"))
     if chosen and native.usable(*inputs):
         index = (negative_index_TK, positive_index_T)
-        return PerToken.apply(*inputs, *index, temperature, bias_U, MASKED_LOGIT, chunk, needs_grad)
+        try:  # the kernel looks at each index as it reads it
+            return PerToken.apply(*inputs, *index, temperature, bias_U, MASKED_LOGIT, chunk, needs_grad)
+        except IndexError:
+            _check_indices(*index, len(candidates_UD))
+            raise
+    _check_indices(negative_index_TK, positive_index_T, len(candidates_UD))
     inputs = tuple(map(_whole_vectors, inputs))
     return _PerToken.apply(*inputs, negative_index_TK, positive_index_T, temperature, bias_U, chunk, needs_grad)
 
@@ -134,6 +138,11 @@ def _check_shapes(
         tensors = (outputs_TD, positives_TD, candidates_UD, index_TK, positive_index_T, bias_U)
         shapes = [None if x is None else tuple(x.shape) for x in tensors]
         raise ValueError(f"outputs, positives, candidates, negatives, positives' rows and bias of shapes {shapes}")
+
+
+def _check_indices(negative_index_TK: Tensor, positive_index_T: Tensor, candidates: int) -> None:
+    _check_rows("negatives", negative_index_TK, 0, candidates)
+    _check_rows("positives", positive_index_T, -1, candidates)
 
 
 def _check_rows(what: str, index: Tensor, least: int, rows: int) -> None:

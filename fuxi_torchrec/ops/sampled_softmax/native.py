@@ -33,6 +33,8 @@ class PerToken(torch.autograd.Function):
         largest_chunk: int,
         needs_grad: bool,
     ) -> Tensor:
+        if len(candidates_UD) > torch.iinfo(torch.int32).max:
+            raise IndexError("rows are counted in int32")
         (T, D), U, K = outputs_TD.shape, len(candidates_UD), index_TK.shape[1]
         # Zero columns change no product.
         candidates_UP = F.pad(candidates_UD, (0, -D % native.lanes())).contiguous()
