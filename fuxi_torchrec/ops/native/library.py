@@ -46,7 +46,7 @@ _SIGNATURES = {
     "swiglu_rows_backward": "FFFii",
     "unit_rows": "FFFiif",
     "unit_rows_backward": "FFFFiif",
-    "sampled_softmax": "FFFLLFFFFF" + "iiiiiff",
+    "sampled_softmax": "FFFWLFFFFF" + "iiiiiff",
     "toeplitz_forward": "FiLFiL" + "FiLiLiFii",
     "toeplitz_backward": "FiLFiLFiL" + "FFiLiLiFii",
     "mix_forward": "FiLLLFFL" + "iiiiiiii" + "fff",

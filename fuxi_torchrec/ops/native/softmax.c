@@ -19,15 +19,16 @@ typedef int32_t quad_index __attribute__((vector_size(16)));
 
 typedef struct {
     const float *outputs, *positives, *candidates, *bias; /* bias[u] is added to a candidate's logits; may be null */
-    const int64_t *index, *positive_index;
+    const int32_t *index;
+    const int64_t *positive_index;
     float *loss, *grad_outputs, *grad_positives, *grad_candidates; /* gradients are null where none are wanted */
     int64_t K, U, D, P;
     float inverse_tau, masked;
 } Softmax;
 
-/* Of one chunk: every pair's candidate and softmax weight [C, K], the outputs over tau [C, P]. */
+/* Of the C tokens from `start` on: every pair's softmax weight [C, K], the outputs over tau [C, P]. */
 typedef struct {
-    int32_t *ids;
+    int64_t start;
     float *weights, *scaled;
 } Chunk;
 
@@ -125,17 +126,15 @@ INLINE float normalise(float *w, int64_t K, float positive_logit, float *loss) {
     return numerator * inverse_total;
 }
 
-/* Token t, the c-th of its chunk; `row` and `sum` hold P floats. Returns 0, or WRONG_INDEX. */
-static int token(const Softmax *s, const Chunk *chunk, int64_t t, int64_t c, float *logits, float *row, float *sum) {
+/* The c-th token of a chunk; `row` and `sum` hold P floats. Returns 0, or WRONG_INDEX. */
+static int token(const Softmax *s, const Chunk *chunk, int64_t c, float *logits, float *row, float *sum) {
+    const int64_t t = chunk->start + c;
     const float *x = s->outputs + t * s->D, *positive = s->positives + t * s->D;
-    const int64_t *index = s->index + t * s->K, own = s->positive_index[t];
-    int32_t *ids = chunk->ids + c * s->K;
+    const int32_t *ids = s->index + t * s->K;
+    const int64_t own = s->positive_index[t];
     float *w = chunk->weights + c * s->K, *scaled = chunk->scaled + c * s->P, positive_logit = 0;
     int wrong = own < -1 || own >= s->U;
-    for (int64_t k = 0; k < s->K; k++) {
-        wrong |= (uint64_t)index[k] >= (uint64_t)s->U;
-        ids[k] = (int32_t)index[k];
-    }
+    for (int64_t k = 0; k < s->K; k++) wrong |= (uint32_t)ids[k] >= (uint32_t)s->U;
     if (wrong) return WRONG_INDEX;
     memcpy(row, x, (size_t)s->D * sizeof(float));
 #pragma omp simd reduction(+ : positive_logit)
@@ -166,7 +165,7 @@ static int add_candidates(const Softmax *s, const Chunk *chunk, int64_t tokens, 
     int status = ends && mine ? 0 : OUT_OF_MEMORY;
     for (int pass = 0; pass < 2 && !status; pass++) {
         for (int64_t c = 0; c < tokens; c++) {
-            const int32_t *ids = chunk->ids + c * s->K;
+            const int32_t *ids = s->index + (chunk->start + c) * s->K;
             int64_t found = 0;
             for (int64_t k = 0; k < s->K; k++) { /* without a branch: half of them would be mispredicted */
                 mine[found] = (int32_t)k;
@@ -193,25 +192,24 @@ static int add_candidates(const Softmax *s, const Chunk *chunk, int64_t tokens, 
 
 /* loss[t] = -log softmax of the positive, and the gradients of its sum; that of the candidates is added to what is there.
 Logits are products over tau, plus bias[u] for negatives; a negative at row positive_index[t] has the logit `masked`. */
-API sampled_softmax(const float *outputs, const float *positives, const float *candidates, const int64_t *index,
+API sampled_softmax(const float *outputs, const float *positives, const float *candidates, const int32_t *index,
                     const int64_t *positive_index, const float *bias, float *loss, float *grad_outputs, float *grad_positives,
                     float *grad_candidates, int64_t T, int64_t K, int64_t U, int64_t D, int64_t chunk_tokens,
                     float inverse_tau, float masked, int threads) {
     int64_t P = (D + LANES - 1) / LANES * LANES, C = chunk_tokens < T ? chunk_tokens : T;
     Softmax s = {outputs, positives, candidates, bias, index, positive_index, loss, grad_outputs, grad_positives,
                  grad_candidates, K, U, D, P, inverse_tau, masked};
-    size_t pairs = (size_t)(C * K + 1);
-    Chunk chunk = {malloc(pairs * sizeof(int32_t)), malloc(pairs * sizeof(float)), malloc((size_t)(C * P + 1) * sizeof(float))};
+    Chunk chunk = {0, malloc((size_t)(C * K + 1) * sizeof(float)), malloc((size_t)(C * P + 1) * sizeof(float))};
     float *scratch = calloc((size_t)((K + 4 + 2 * P) * threads), sizeof(float));
-    int status = chunk.ids && chunk.weights && chunk.scaled && scratch ? 0 : OUT_OF_MEMORY;
-    for (int64_t start = 0; start < T && !status; start += C) {
-        int64_t tokens = T - start < C ? T - start : C;
+    int status = chunk.weights && chunk.scaled && scratch ? 0 : OUT_OF_MEMORY;
+    for (; chunk.start < T && !status; chunk.start += C) {
+        int64_t tokens = T - chunk.start < C ? T - chunk.start : C;
 #pragma omp parallel for schedule(static) num_threads(threads)
         for (int part = 0; part < threads; part++) {
             float *logits = scratch + (K + 4 + 2 * P) * part, *row = logits + K + 4;
             int failed = 0;
             for (int64_t c = tokens * part / threads; c < tokens * (part + 1) / threads && !failed; c++)
-                failed = token(&s, &chunk, start + c, c, logits, row, row + P);
+                failed = token(&s, &chunk, c, logits, row, row + P);
             if (failed) {
 #pragma omp atomic write
                 status = failed;
@@ -226,6 +224,6 @@ API sampled_softmax(const float *outputs, const float *positives, const float *c
             }
         }
     }
-    free(chunk.ids), free(chunk.weights), free(chunk.scaled), free(scratch);
+    free(chunk.weights), free(chunk.scaled), free(scratch);
     return status;
 }

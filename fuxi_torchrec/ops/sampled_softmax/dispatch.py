@@ -75,6 +75,8 @@ def per_token_sampled_softmax(
     chosen = implementation == "native" or (implementation == "auto" and native.is_chosen("sampled_softmax"))
     if chosen and native.usable(*inputs):
         index = (negative_index_TK, positive_index_T)
+        if negative_index_TK.dtype != torch.int32:
+            _check_indices(*index, len(candidates_UD))
         try:  # the kernel looks at each index as it reads it
             return PerToken.apply(*inputs, *index, temperature, bias_U, MASKED_LOGIT, chunk, needs_grad)
         except IndexError:

@@ -33,13 +33,11 @@ class PerToken(torch.autograd.Function):
         largest_chunk: int,
         needs_grad: bool,
     ) -> Tensor:
-        if len(candidates_UD) > torch.iinfo(torch.int32).max:
-            raise IndexError("rows are counted in int32")
         (T, D), U, K = outputs_TD.shape, len(candidates_UD), index_TK.shape[1]
         # Zero columns change no product.
         candidates_UP = F.pad(candidates_UD, (0, -D % native.lanes())).contiguous()
         inputs = (outputs_TD.contiguous(), positives_TD.contiguous(), candidates_UP)
-        indices = (index_TK.long().contiguous(), positive_index_T.long().contiguous())
+        indices = (index_TK.int().contiguous(), positive_index_T.long().contiguous())
         bias_U = None if bias_U is None else bias_U.float().contiguous()
         loss_T = outputs_TD.new_empty(T)
         grads = [torch.empty_like(x) for x in inputs[:2]] + [torch.zeros_like(candidates_UP)] if needs_grad else []
