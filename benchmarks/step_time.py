@@ -28,6 +28,7 @@ from fuxi_torchrec.bench.random_dataset import MemoryDataset
 from fuxi_torchrec.config import Config, DataConfig, ModelConfig, TrainerConfig
 from fuxi_torchrec.data.loader import StreamCursor
 from fuxi_torchrec.distributed.world import start_world
+from fuxi_torchrec.profiling.memory import keep_freed_memory
 from fuxi_torchrec.run.folder import RunFolder
 from fuxi_torchrec.training.build import build_trainer
 
@@ -117,6 +118,7 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := set(options.shapes) - set(SHAPES):
         parser.error(f"unknown shape {', '.join(unknown)}; there are {', '.join(SHAPES)}")
+    keep_freed_memory()  # as training does, and for both
     for name in options.shapes or SHAPES:
         print(json.dumps({"shape": name, **compare(SHAPES[name], options.steps, options.seed)}), flush=True)
 

@@ -79,7 +79,7 @@ def _train_together(config: "Config", output: str, resume: bool, profile: bool, 
     from fuxi_torchrec.data.splits import check_splits
     from fuxi_torchrec.distributed.failures import Interrupted, check_same_start, fail_together
     from fuxi_torchrec.distributed.world import start_world
-    from fuxi_torchrec.profiling.memory import out_of_memory_as_user_error
+    from fuxi_torchrec.profiling.memory import keep_freed_memory, out_of_memory_as_user_error
     from fuxi_torchrec.run.outcome import recorded_outcome
     from fuxi_torchrec.sharding.memory_check import check_training_memory
     from fuxi_torchrec.training.build import build_trainer
@@ -93,6 +93,8 @@ def _train_together(config: "Config", output: str, resume: bool, profile: bool, 
         fail_together(world, outcome.fail),
         out_of_memory_as_user_error("training", LESS_MEMORY),
     ):
+        if world.device.type == "cpu":
+            keep_freed_memory()
         dataset = SequenceDataset(config.data.path)
         check_same_start(world, config.to_dict(), output, dataset.identity.content_checksum)
         dataset.check_files(world.rank, world.size, verify)

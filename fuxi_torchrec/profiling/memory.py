@@ -1,4 +1,4 @@
-"""How much memory a piece of work takes at its peak, and what is said where there is too little."""
+"""How much memory a piece of work takes at its peak, what is said where there is too little, and what the C library keeps."""
 
 import ctypes
 import gc
@@ -10,7 +10,20 @@ import torch
 
 from fuxi_torchrec.errors import UserError
 
-_MALLOC_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+_C_LIBRARY = ctypes.CDLL(None) if sys.platform == "linux" else None
+_MALLOC_TRIM = getattr(_C_LIBRARY, "malloc_trim", None)
+# mallopt's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD (mallopt(3)), and what training sets them to, in bytes.
+_KEPT = {-1: 2**31 - 1, -3: 2**28}
+
+
+def keep_freed_memory() -> None:
+    """Makes glibc keep the memory of freed tensors for the next ones, instead of giving it back to the system, which hands it
+    out again page by page, filled with zeros: a training step on a CPU allocates the same sizes as the one before. Does
+    nothing with another C library."""
+    mallopt = getattr(_C_LIBRARY, "mallopt", None)
+    if mallopt is not None:
+        for parameter, size in _KEPT.items():
+            mallopt(parameter, size)
 
 
 class PeakMemory:
