@@ -2,7 +2,9 @@
 
 The FFT is in place, recursive (so that its inner levels stay in the near cache), without bit reversal: frequencies are in
 the order that forward leaves them in, inverse takes them from there. One of length S >= n does for n rows, though a product
-is n + n long: with w_S^(1/4) for twist, what passes the end comes back times i, and the real part drops it.
+is n + n long: with w_S^(1/4) for twist, what passes the end comes back times i, and the real part drops it. This is the
+right-angle convolution of Crandall and Fagin, "Discrete weighted transforms and large-integer arithmetic" (Mathematics of
+Computation 62, 1994).
 
 `table` holds, for each k < S, w_S^k = e^(-2 pi i k / S) and the twist e^(i pi k / (2 S)), as four floats. */
 #include "vector.h"
