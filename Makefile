@@ -25,6 +25,7 @@ EXTRAS ?=
 BASE ?=
 # The documentation's tools have an environment of their own: none of them belongs into the product's.
 DOCS_VENV := .venv-docs
+PEERS_VENV := .venv-peers
 
 PYTHON := $(PYTHON)
 DEVICE := $(DEVICE)
@@ -33,7 +34,7 @@ INSTALLED := $(VENV)/.installed-$(DEVICE)
 OTHER_FBGEMM := $(if $(filter cuda,$(DEVICE)),fbgemm-gpu-cpu,fbgemm-gpu)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help install smoke test quick sanitize narrow arm slurm image lint types docs clean
+.PHONY: help install smoke test quick sanitize narrow arm slurm image peers lint types docs clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -101,15 +102,19 @@ docs: $(DOCS_VENV)/.installed  ## the documentation as a site with search, into 
 	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
 	@echo "The site is in site/; read it with: python3 -m http.server --directory site"
 
+# What RecTools needs is no part of the product's environment.
+peers: $(INSTALLED) $(PEERS_VENV)/.installed  ## FuXi-β beside RecTools' SASRec and HSTU on data/ml-1m, ten minutes each (an idle machine)
+	$(BIN)/python -m benchmarks.peers data/ml-1m --python $(PEERS_VENV)/bin/python
+
 clean:  ## remove the virtual environment and caches (also what to do before another PYTHON is used)
-	rm -rf $(if $(wildcard $(VENV)/pyvenv.cfg),$(VENV)) $(DOCS_VENV) build site *.egg-info .pytest_cache .ruff_cache \
+	rm -rf $(if $(wildcard $(VENV)/pyvenv.cfg),$(VENV)) $(DOCS_VENV) $(PEERS_VENV) build site *.egg-info .pytest_cache .ruff_cache \
 		.mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last, so an interrupted installation is taken up again. A new top-level package needs its place in
 # the editable installation, hence the __init__ files. Both builds of fbgemm fill the same folder,
 # and torch differs too: after a change of DEVICE the environment starts empty.
-$(INSTALLED): setup.py pyproject.toml $(wildcard */__init__.py) $(filter-out %/docs.txt,$(wildcard requirements/*.txt))
+$(INSTALLED): setup.py pyproject.toml $(wildcard */__init__.py) $(filter-out %/docs.txt %/peers.txt,$(wildcard requirements/*.txt))
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.10 to 3.14 with the venv module found; name one: make PYTHON=/path/to/python3.11" \
 		"(Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
 	@case "$(DEVICE)" in cpu|cuda) ;; *) echo "error: DEVICE=$(DEVICE): must be cpu or cuda" >&2; exit 1;; esac
@@ -122,6 +127,13 @@ $(INSTALLED): setup.py pyproject.toml $(wildcard */__init__.py) $(filter-out %/d
 		-r requirements/launch.txt -r requirements/dev.txt
 	@$(PIP) install --no-deps -r requirements/$(DEVICE).txt
 	@PYTHONWARNINGS=ignore $(PIP) install --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(PEERS_VENV)/.installed: requirements/peers.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python found; name one: make PYTHON=/path/to/python3.11 peers" >&2; exit 1; }
+	@$(PYTHON) -m venv --clear $(PEERS_VENV)
+	@$(PEERS_VENV)/bin/python -m pip --disable-pip-version-check --quiet install \
+		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements/peers.txt
 	@touch $@
 
 $(DOCS_VENV)/.installed: requirements/docs.txt

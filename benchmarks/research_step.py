@@ -68,10 +68,9 @@ class ResearchStep:
 
     def __init__(self, shape: Shape, users: PaddedUsers, seed: int = 0):
         torch.manual_seed(seed)
-        self.shape, self.users = shape, users
-        self.keep_BN = torch.arange(PADDED)[None] < users.lengths_B[:, None]
+        self.shape = shape
+        self.use(users)
         self.causal_NN = torch.ones(PADDED, PADDED).tril()
-        self.positives_T = users.ids_BN.roll(-1, 1)[self.keep_BN]
         self.table = nn.Embedding(shape.items + 1, shape.embedding_dim)
         nn.init.trunc_normal_(self.table.weight, std=0.02)
         self.position = nn.Embedding(PADDED, shape.embedding_dim)
@@ -79,6 +78,12 @@ class ResearchStep:
         self.blocks = nn.ModuleList(_Block(shape) for _ in range(shape.blocks))
         modules = nn.ModuleList([self.table, self.position, self.blocks])
         self.optimizer = torch.optim.AdamW(modules.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0)
+
+    def use(self, users: PaddedUsers) -> None:
+        """Takes these users for the next steps."""
+        self.users = users
+        self.keep_BN = torch.arange(PADDED)[None] < users.lengths_B[:, None]
+        self.positives_T = users.ids_BN.roll(-1, 1)[self.keep_BN]
 
     def step(self) -> float:
         """Trains on all users once; returns the loss."""
