@@ -64,7 +64,8 @@ def write_events(dataset: SequenceDataset, folder: str) -> None:
 def run_peer(python: str, model: str, folder: str, seconds: float, every: float) -> List[Line]:
     """Runs a model of RecTools in its own environment; returns its lines. Raises UserError where it fails."""
     command = [python, RUNNER, model, folder, str(seconds), str(every)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env={**os.environ, "PYTHONWARNINGS": "ignore"})
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=environment)
     if done.returncode != 0:
         raise UserError(f"{' '.join(command)}: ended with exit code {done.returncode}, for the reason above")
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
