@@ -134,7 +134,7 @@ def prepare_events(
                     name=name or os.path.basename(folder.output),
                     catalogue="rated",
                     time_unit=seconds,
-                    source=_source_name(source),
+                    source=source_name(source),
                     source_checksum=_checksum(paths),
                 )
 
@@ -277,7 +277,8 @@ def _read_titles(table: Table, item_type: str) -> Tuple[pa.Array, pa.Array]:
     return pa.concat_arrays(ids), pa.concat_arrays(texts)
 
 
-def _source_name(source: Sequence[str]) -> str:
+def source_name(source: Sequence[str]) -> str:
+    """Names the files of a log as dataset.json does, without local folders."""
     names = [name if "://" in name else os.path.basename(name) for name in source]
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 

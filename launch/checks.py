@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 PREPARE_PATHS = ("--source", "--output", "--item-titles", "--item_titles")
 
 
-def config(path: str, overrides: List[str], place: "Place") -> Config:
-    """Loads the run's config and checks it as its node will, with its data set where that can be seen from here.
-    Raises UserError."""
+def config(path: str, overrides: List[str], place: "Place", later: bool = False) -> Config:
+    """Loads the run's config and checks it as its node will, with its data set where that can be seen from here; later:
+    it is made before the job starts. Raises UserError."""
     loaded = load_config(path, overrides)
     device, gpus = loaded.trainer.device, place.resource.gpu
     if device == "cuda" and gpus == 0 and (place.h or place.image):
@@ -32,7 +32,7 @@ def config(path: str, overrides: List[str], place: "Place") -> Config:
         check_table(loaded, "cpu" if device == "cpu" else "cuda")
     if not loaded.data.path:
         raise UserError("data.path: no data set named; add -- --data.path DIR (made by 'fuxi-torchrec prepare')")
-    if place.image is None:
+    if place.image is None and not later:
         from fuxi_torchrec.data.dataset import SequenceDataset, check_enough_data
         from fuxi_torchrec.data.splits import check_splits
 
@@ -68,14 +68,16 @@ def run_folder(config_path: str, output: Optional[str], resume: bool, place: "Pl
     return output
 
 
-def evaluation(run: str, options: List[str], place: "Place") -> str:
-    """Returns the full path of the run to be evaluated. Raises UserError for a folder that holds none."""
+def evaluation(run: str, options: List[str], place: "Place", later: bool = False) -> str:
+    """Returns the full path of the run to be evaluated; later: it is trained before the job starts. Raises UserError for a
+    folder that holds none."""
     if place.image is not None:
         return run
     from fuxi_torchrec.run.folder import RunFolder
 
     run = absolute(run)
-    RunFolder.open(run).config()
+    if not later:
+        RunFolder.open(run).config()
     return run
 
 

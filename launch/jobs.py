@@ -5,7 +5,7 @@ Everything wrong with the arguments is a UserError, so that a program (a sweep) 
 
 import os
 import re
-from typing import List, Optional, Tuple
+from typing import List, Optional, Sequence, Tuple
 
 from torchx.specs import AppDef
 
@@ -15,26 +15,29 @@ from launch.environment import interpreter, quoted, torchrun
 from launch.place import Place
 
 
-def train(config: str, overrides: List[str], output: Optional[str], resume: bool, place: Place) -> AppDef:
+def train(
+    config: str, overrides: List[str], output: Optional[str], resume: bool, place: Place, later: bool = False
+) -> AppDef:
     """Makes the application that trains a config, into a run folder whose path is decided here: every start of the
-    job, after a restart or a requeue too, is told to go on from what it finds there."""
-    loaded = checks.config(config, overrides, place)
+    job, after a restart or a requeue too, is told to go on from what it finds there. later: another job makes its data set
+    first."""
+    loaded = checks.config(config, overrides, place, later)
     output = checks.run_folder(config, output, resume, place)
     overrides = checks.with_absolute_paths(overrides, loaded, place)
     arguments = ["train", config, "--output", output, "--resume", *overrides]
     return AppDef(name=_name(output), roles=[place.role("train", _torchrun(place, arguments))])
 
 
-def evaluate(run: str, options: List[str], place: Place) -> AppDef:
-    """Makes the application that evaluates a run's saved model."""
-    run = checks.evaluation(run, options, place)
+def evaluate(run: str, options: List[str], place: Place, later: bool = False) -> AppDef:
+    """Makes the application that evaluates a run's saved model. later: another job trains it first."""
+    run = checks.evaluation(run, options, place, later)
     return AppDef(name=_name(run), roles=[place.role("evaluate", _torchrun(place, ["evaluate", run, *options]))])
 
 
-def prepare(arguments: List[str], place: Place) -> AppDef:
-    """Makes the application that runs a data pipeline."""
+def prepare(arguments: List[str], place: Place, command: Sequence[str] = ("fuxi_torchrec", "prepare")) -> AppDef:
+    """Makes the application that runs a data pipeline. command: module that takes the arguments, and words before them."""
     arguments = checks.preparation(arguments, place)
-    return _alone("prepare", f"prepare-{arguments[0]}", ["-m", "fuxi_torchrec", "prepare", *arguments], place)
+    return _alone("prepare", f"prepare-{arguments[0]}", ["-m", *command, *arguments], place)
 
 
 def sweep(config: str, options: List[str], place: Place) -> AppDef:
