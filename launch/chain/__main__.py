@@ -8,7 +8,6 @@ from typing import List, NoReturn, Optional
 
 from fuxi_torchrec.cli.streams import run_on_streams
 from fuxi_torchrec.errors import UserError
-from fuxi_torchrec.files import JsonObject
 from launch.chain.plan import NAMES, read_chain, split
 from launch.chain.steps import Step
 
@@ -25,6 +24,9 @@ def main(arguments: Optional[List[str]] = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.code
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
 
 
 class _Parser(argparse.ArgumentParser):
@@ -61,39 +63,19 @@ def _main(options: argparse.Namespace) -> int:
             raise UserError(f"{step.name}: --image: of these schedulers kubernetes alone runs images; leave it out")
     if options.scheduler != "local_cwd":
         return _on_cluster(options, steps)
+    if options.scheduler_args:
+        raise UserError(f"-cfg {options.scheduler_args}: a chain on this machine has no such options; leave it out")
     from launch.chain.here import run_here, show_here
 
     return show_here(steps) if options.dryrun else run_here(steps)
 
 
 def _on_cluster(options: argparse.Namespace, steps: List[Step]) -> int:
-    """Submits the steps, or shows what would be submitted; what the scheduler refuses is one line."""
     logging.getLogger("torchx").setLevel(logging.ERROR)  # its news are of every job; ours are enough
-    from torchx.runner import config, get_runner
+    from launch.chain.cluster import Submission
 
-    from launch import torchx_run
-
-    options.component_name_and_args = []
-    try:
-        torchx_run.check(options)
-        with get_runner() as runner:
-            cfg: JsonObject = runner.scheduler_run_opts(options.scheduler).cfg_from_str(options.scheduler_args)
-            config.apply(scheduler=options.scheduler, cfg=cfg)
-            if options.scheduler == "slurm":
-                from launch.chain.slurm import SlurmChain
-
-                chain = SlurmChain(steps, runner, cfg, options.workspace)
-                return chain.show() if options.dryrun else chain.submit()
-            from launch.chain.pod import submit_pod
-
-            return submit_pod(steps, runner, cfg, options.workspace, options.dryrun)
-    except UserError:
-        raise
-    except Exception as error:
-        message = torchx_run._message(error, options.scheduler)
-        if message is None:
-            raise
-        raise UserError(message) from None
+    options.stdin, options.component_name_and_args = False, []
+    return Submission(steps).submit(options)
 
 
 if __name__ == "__main__":

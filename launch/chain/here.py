@@ -8,15 +8,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, Iterator, List, NoReturn, Optional
 
 from torchx.specs import AppDef, Role, macros
 
 from fuxi_torchrec.errors import UserError
 from launch.chain.steps import Step, left_to_do
 from launch.environment import GRACE_SECONDS
+from launch.sweep.orphans import MARK, orphans, stop_orphans
 
 INSTEAD = "this machine is one node; take --nproc_per_node, or submit to a cluster"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -25,9 +26,14 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 def run_here(steps: List[Step]) -> int:
     """Runs the steps that are not done, one after the other. Returns 0, or the exit code of the first that fails: its
     own, or 128 + n where signal n ended it. Raises UserError for a step that cannot run, before the first one starts."""
-    for step, kept in left_to_do(steps):
-        if kept is None:
-            refuse_several_nodes(step, step.app(), INSTEAD)
+    with _ending_between_steps():
+        for step, kept in left_to_do(steps):
+            if kept is None:
+                refuse_several_nodes(step, step.app(), INSTEAD)
+        return _in_turn(steps)
+
+
+def _in_turn(steps: List[Step]) -> int:
     for step in steps:
         step.after = []  # they are done by now
         kept = step.kept()
@@ -55,6 +61,22 @@ def refuse_several_nodes(step: Step, app: AppDef, instead: str) -> None:
         raise UserError(f"{step.name}: --nnodes {step.options['nnodes']}: {instead}")
 
 
+@contextmanager
+def _ending_between_steps() -> Iterator[None]:
+    """Ends the program at a signal that meets no step: the first process of a pod would not hear it otherwise."""
+
+    def end(number: int, frame: Optional[FrameType]) -> NoReturn:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class Process:
     """A job's only replica as a process of this machine, which gets this one's signals."""
 
@@ -73,7 +95,7 @@ class Process:
         try:
             with tempfile.TemporaryDirectory() as folder:
                 error_file = os.path.join(folder, "error.json")
-                mine = {**os.environ, "TORCHELASTIC_ERROR_FILE": error_file}
+                mine = {**os.environ, "TORCHELASTIC_ERROR_FILE": error_file, MARK: self.id}
                 environment = {**self.role.env, **mine, **(given or {})}
                 # Its own session: a terminal's Ctrl-C comes once, from here.
                 self.process = subprocess.Popen(
@@ -81,7 +103,9 @@ class Process:
                 )
                 if self.signal:  # it came before there was a process
                     self._pass_on(self.signal, None)
-                return self._code(self._wait(), error_file)
+                code = self._code(self._wait(), error_file)
+                stop_orphans([self.id])  # workers whose torchrun was killed
+                return code
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -105,9 +129,9 @@ class Process:
         self.process.send_signal(number)
 
     def _kill(self) -> None:
-        assert self.process is not None
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        for process in orphans([self.id]):  # torchrun's workers are in groups of their own
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
 
     def _code(self, code: int, error_file: str) -> int:
         if self.signal:

@@ -49,12 +49,15 @@ class SlurmChain:
         """Submits what is left to do, or nothing: where a submission is refused, the earlier ones are cancelled. Returns
         the exit code. Raises UserError, and FolderInUse while an earlier submission of this chain is queued or runs."""
         self._refuse_twice()
+        requests = self.plan()
         handles: Dict[str, str] = {}
         try:
-            for name, request in self.plan().items():
+            for name, request in requests.items():
                 handles[name] = self.runner.schedule(_behind(request, [job_of(handle) for handle in handles.values()][-1:]))
                 self._record(handles)
         except BaseException:
+            for name in list(requests)[len(handles) :][:1]:
+                print(f"{name}: was not submitted", file=sys.stderr)
             self._cancel(handles)
             raise
         _tell(handles)

@@ -10,6 +10,7 @@ from torchx.specs import AppDef
 
 from fuxi_torchrec.config import Config
 from fuxi_torchrec.config.parsing import load_config
+from fuxi_torchrec.data.format import IDENTITY_FILE, read_identity
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.paths import absolute, join, path_manager
 from fuxi_torchrec.run.folder import RunFolder
@@ -80,7 +81,10 @@ class Train(Step):
         output = absolute(self.options["output"])
         if "prepare" in self.after or (read_outcome(output) or {}).get("status") != "finished":
             return None
-        done, wanted = RunFolder.open(output).config(), load_config(self.options["config"], self.words)
+        run, wanted = RunFolder.open(output), load_config(self.options["config"], self.words)
+        done = run.config()
+        if path_manager().isfile(join(wanted.data.path, IDENTITY_FILE)):  # it may be gone since
+            run.check_same(wanted, read_identity(wanted.data.path))
         for key, before, now in _differences(done, wanted):
             raise UserError(
                 f"train: {output}: a training has finished here with {key} {before}, not {now}; name another --output, or "
@@ -117,7 +121,7 @@ class Evaluate(Step):
 
     def app(self) -> AppDef:
         """Makes the job."""
-        return jobs.evaluate(self.options["run"], self.words, self.place, later=bool(self.after))
+        return jobs.evaluate(self.options["run"], self.words, self.place, later="train" in self.after)
 
 
 STEPS: Tuple[Type[Step], ...] = (Prepare, Train, Evaluate)

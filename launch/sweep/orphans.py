@@ -33,7 +33,7 @@ def stop_orphans(folders: Iterable[str]) -> None:
     end = time.monotonic() + PATIENCE
     while left := orphans(folders):
         if not signalled:
-            print(f"stopping {len(left)} processes that an earlier sweep left behind", file=sys.stderr, flush=True)
+            print(f"stopping {len(left)} processes that were left behind", file=sys.stderr, flush=True)
         late = time.monotonic() > end
         for process in left:
             if late or process not in signalled:
