@@ -164,6 +164,7 @@ def documented():
 @pytest.mark.filterwarnings("ignore:Error running")
 def test_every_command_of_the_page_is_one_that_can_be_submitted(folder, capsys):
     commands = documented()
+    (folder / "ml-1m.zip").touch()
     assert {word for line in commands for word in ("slurm", "kubernetes") if word in line} == {"slurm", "kubernetes"}
     assert len(commands) >= 4
     for command in commands:
@@ -172,7 +173,7 @@ def test_every_command_of_the_page_is_one_that_can_be_submitted(folder, capsys):
             words[words.index("-cfg") + 1] += ",validate_spec=False"
         assert main(["--dryrun", *words]) == 0, (command, capsys.readouterr())
         assert "evaluate" in capsys.readouterr().out
-    assert sorted(path.name for path in folder.iterdir()) == ["configs"]
+    assert sorted(path.name for path in folder.iterdir()) == ["configs", "ml-1m.zip"]
 
 
 def test_every_chain_that_is_delivered_can_be_read(folder):
