@@ -39,7 +39,7 @@ def test_a_chain_over_two_nodes_comes_to_its_end_and_nothing_is_left_to_do(slurm
     assert list(handles) == ["prepare", "train", "evaluate"]
     again, _ = chain(slurm, path, check=False)
     assert again.returncode == 75 and "nothing was submitted" in again.stderr and len(again.stderr.splitlines()) == 1
-    assert slurm.wait(handles["evaluate"], timeout=300) == "SUCCEEDED", slurm.said()
+    assert slurm.wait(handles["evaluate"], timeout=500) == "SUCCEEDED", slurm.said()
     assert set(states(slurm, handles).values()) == {"COMPLETED"}
     assert set(states(slurm, handles)) == {"prepare-0", "train-0", "train-1", "evaluate-0"}
     losses, evaluations = lines(slurm.folder / "runs" / "made")
