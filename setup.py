@@ -29,7 +29,13 @@ setup(
     entry_points={
         "console_scripts": ["fuxi-torchrec = fuxi_torchrec.cli:main"],
         # Not torchx.components: that would take TorchX's own components away. They are run from their file.
-        "torchx.cli.cmds": ["run = launch.torchx_run:Run"],
+        "torchx.cli.cmds": [
+            "run = launch.torchx_run:Run",
+            "list = launch.torchx_run:Listing",
+            *(f"{name.lower()} = launch.torchx_run:{name}" for name in ("Status", "Cancel", "Delete", "Log")),
+        ],
+        # In the place of TorchX's own of that name.
+        "torchx.schedulers": ["kubernetes = launch.kubernetes.scheduler:create_scheduler"],
     },
     # No torch, torchrec or fbgemm here: a CPU and a GPU need different builds, and the CPU's cannot be written as a
     # requirement (see requirements/cpu.txt). fuxi_torchrec.versions checks at start-up what is installed.

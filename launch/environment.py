@@ -3,12 +3,14 @@
 docs/launch.md tells the same to users, with what is left to them (network interfaces).
 """
 
+import re
 import shlex
 import sys
 from typing import Dict, List, Optional
 
 from torchx.specs import macros
 
+from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.run.lock import GRACE
 
 # How long the nodes of a job wait for each other, at first and after a restart (a node may still be pulling its image).
@@ -22,7 +24,8 @@ SAVE_SECONDS = GRACE_SECONDS - 20
 
 
 def environment(cores: Optional[int], processes: int, given: Optional[Dict[str, str]]) -> Dict[str, str]:
-    """Makes the environment of a node's processes; what the user gives comes last.
+    """Makes the environment of a node's processes; what the user gives comes last, so far as every scheduler hands it on
+    as it is (`exports` is the rest). Raises UserError for what is no name.
 
     Args:
         cores: of a node, where they are known.
@@ -39,7 +42,21 @@ def environment(cores: Optional[int], processes: int, given: Optional[Dict[str, 
     }
     if cores is not None or processes > 1:  # one process alone takes all cores there are
         values["OMP_NUM_THREADS"] = str(max(1, (cores or 1) // processes))
-    return {**values, **(given or {})}
+    for name in given or {}:
+        if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
+            raise UserError(f"--env: {name!r} is no variable's name; write NAME=VALUE,NAME=VALUE ({QUOTING})")
+    return {**values, **{name: value for name, value in (given or {}).items() if PLAIN.fullmatch(value)}}
+
+
+# Slurm's --export parts values at commas, Kubernetes and TorchX replace what follows a dollar.
+PLAIN = re.compile(r"[A-Za-z0-9_@%+=:./-]*")
+QUOTING = "a value with = , ; or spaces in quotes of its own: --env 'A=\"b=c\"'"
+
+
+def exports(given: Optional[Dict[str, str]]) -> str:
+    """Writes what sets the user's other variables at the head of a job's bash command, where no scheduler touches them."""
+    words = [f"{name}={value}" for name, value in (given or {}).items() if not PLAIN.fullmatch(value)]
+    return f"export {quoted(words)}; " if words else ""
 
 
 def torchrun(nodes: int, processes: int, restarts: int, port: int, python: str, module: List[str]) -> str:
@@ -65,8 +82,12 @@ def torchrun(nodes: int, processes: int, restarts: int, port: int, python: str, 
 
 
 def quoted(words: List[str]) -> str:
-    """Quotes words for bash, so that none is taken for one of TorchX's macros."""
-    return shlex.join(words).replace("$", "$$")
+    """Quotes words for bash, so that nobody on the way takes a part of one for something to replace: TorchX its macros
+    (${app_id}, $$), Slurm's script of TorchX's the same again, Kubernetes $(NAME) and $$.
+
+    They know a dollar by what follows it: here it is always the end of a quotation, which bash takes away at last.
+    """
+    return shlex.join(words).replace("$", "$''")
 
 
 def interpreter(image: Optional[str]) -> str:

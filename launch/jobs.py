@@ -7,12 +7,15 @@ import os
 import re
 from typing import List, Optional, Sequence, Tuple
 
-from torchx.specs import AppDef
+from torchx.specs import AppDef, Role
 
 from fuxi_torchrec.errors import UserError
 from launch import checks
 from launch.environment import interpreter, quoted, torchrun
+from launch.kubernetes.retries import COUNTS_RESTARTS
 from launch.place import Place
+
+LONGEST_NAME = 28
 
 
 def train(
@@ -25,13 +28,13 @@ def train(
     output = checks.run_folder(config, output, resume, place)
     overrides = checks.with_absolute_paths(overrides, loaded, place)
     arguments = ["train", config, "--output", output, "--resume", *overrides]
-    return AppDef(name=_name(output), roles=[place.role("train", _torchrun(place, arguments))])
+    return application(output, place.role("train", _torchrun(place, arguments)))
 
 
 def evaluate(run: str, options: List[str], place: Place, later: bool = False) -> AppDef:
     """Makes the application that evaluates a run's saved model. later: another job trains it first."""
     run = checks.evaluation(run, options, place, later)
-    return AppDef(name=_name(run), roles=[place.role("evaluate", _torchrun(place, ["evaluate", run, *options]))])
+    return application(run, place.role("evaluate", _torchrun(place, ["evaluate", run, *options])))
 
 
 def prepare(arguments: List[str], place: Place, command: Sequence[str] = ("fuxi_torchrec", "prepare")) -> AppDef:
@@ -47,6 +50,15 @@ def sweep(config: str, options: List[str], place: Place) -> AppDef:
     return _alone("sweep", config, ["-m", "launch.sweep", config, *options], place)
 
 
+def application(path: str, role: Role) -> AppDef:
+    """Makes TorchX's application of one role, whose max_retries counts restarts on every scheduler.
+
+    Args:
+        path: a file or folder that it is named after.
+    """
+    return AppDef(name=_name(path), roles=[role], metadata=dict(COUNTS_RESTARTS))
+
+
 def _torchrun(place: Place, arguments: List[str]) -> str:
     python = interpreter(place.image)
     module = ["fuxi_torchrec", *arguments]
@@ -54,12 +66,16 @@ def _torchrun(place: Place, arguments: List[str]) -> str:
 
 
 def _alone(role: str, name: str, words: List[str], place: Place) -> AppDef:
-    return AppDef(name=_name(name), roles=[place.role(role, "exec " + quoted([interpreter(place.image), *words]))])
+    return application(name, place.role(role, "exec " + quoted([interpreter(place.image), *words])))
 
 
 def _name(path: str) -> str:
-    """A job's name: a file's or folder's, as schedulers want names. Kubernetes makes a pod's of it (63 characters)."""
+    """A job's name: a file's or folder's, as schedulers want names.
+
+    Kubernetes makes longer ones of it: TorchX adds up to 15 characters, Volcano "-ROLE-NODE-0" for a pod, whose name
+    may have 63. With LONGEST_NAME "evaluate" has room for 99 999 nodes.
+    """
     stem = os.path.splitext(os.path.basename(path.rstrip("/")))[0] if path.endswith((".yaml", ".yml")) else path
     words: Tuple[str, ...] = tuple(re.findall(r"[a-z0-9]+", os.path.basename(stem.rstrip("/")).lower()))
-    name = "-".join(words)[:32].strip("-")
-    return name if name[:1].isalpha() else f"run-{name}".rstrip("-")
+    name = "-".join(words)
+    return (name if name[:1].isalpha() else f"run-{name}")[:LONGEST_NAME].rstrip("-")

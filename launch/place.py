@@ -7,7 +7,7 @@ from typing import Dict, List, Optional
 from torchx.specs import Role, parse_mounts
 
 from fuxi_torchrec.errors import UserError
-from launch.environment import GRACE_SECONDS, environment
+from launch.environment import GRACE_SECONDS, environment, exports
 from launch.hosts import resource
 
 PATIENT_POD = {"spec": {"terminationGracePeriodSeconds": GRACE_SECONDS}}
@@ -59,7 +59,7 @@ class Place:
             # Schedulers without images take this for a folder, and run in the one that was submitted from.
             image=self.image or os.getcwd(),
             entrypoint="bash",
-            args=["-c", command],
+            args=["-c", exports(self.env) + command],
             env=environment(cores, self.processes, self.env),
             num_replicas=self.nnodes,
             max_retries=self.max_retries,

@@ -1,43 +1,110 @@
-"""`torchx run` with mistakes in the scheduler's options told in one line, before anything is submitted.
+"""`torchx run` and its sisters with mistakes told in one line; `run` tells those in the scheduler's options before anything
+is submitted.
 
-TorchX finds it as an entry point (torchx.cli.cmds) of the installed package; without it the same command works, and such a
-mistake ends in TorchX's traceback or sbatch's message.
+TorchX finds them as entry points (torchx.cli.cmds) of the installed package; without them the same commands work, and such
+a mistake ends in TorchX's traceback or sbatch's message.
 """
 
 import argparse
+import re
 import shutil
 import subprocess
 import sys
-from typing import Optional
+from contextlib import contextmanager
+from typing import Iterator, List, Optional
 
+from torchx.cli.cmd_cancel import CmdCancel
+from torchx.cli.cmd_delete import CmdDelete
+from torchx.cli.cmd_list import CmdList
+from torchx.cli.cmd_log import CmdLog
 from torchx.cli.cmd_run import CmdRun
+from torchx.cli.cmd_status import CmdStatus
 from torchx.runner import config, get_runner
+from torchx.schedulers import DEFAULT_SCHEDULER_MODULES
 from torchx.schedulers.local_scheduler import SignalException
 from torchx.specs import InvalidRunConfigException
 
-from fuxi_torchrec.errors import UserError
+from fuxi_torchrec.errors import UserError, one_line
 from fuxi_torchrec.files import JsonObject
+from launch.environment import QUOTING
+
+
+@contextmanager
+def mistakes_told() -> Iterator[None]:
+    """Ends the program with one line for a UserError."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.code) from None
 
 
 class Run(CmdRun):
     """TorchX's own command, with checks before it and its expected errors in one line."""
 
+    def add_arguments(self, subparser: argparse.ArgumentParser) -> None:
+        """Adds TorchX's arguments, with TorchX's own default of the scheduler."""
+        super().add_arguments(subparser)
+        keep_default_scheduler(subparser, "run")
+
     def run(self, args: argparse.Namespace) -> None:
         """Checks the scheduler's options and submits the job; ends the program with one line for a mistake."""
         try:
-            if not args.stdin:
-                check(args)
-            super().run(args)
+            with mistakes_told():
+                if not args.stdin:
+                    check(args)
+                super().run(args)
         except SignalException as stopped:
             # TorchX has passed it on as SIGTERM and waited (ten seconds) when this comes here.
             print("stopped; a training has saved, and goes on by the same command with --resume True", file=sys.stderr)
             raise SystemExit(128 + stopped.sigval) from None
         except Exception as error:
-            message = _message(error, args.scheduler)
+            message = _message(error)
             if message is None:
                 raise
             print(f"error: {message}", file=sys.stderr)
             raise SystemExit(2) from None
+
+
+class Told:
+    """Mixed into one of TorchX's own commands: its expected errors in one line."""
+
+    def run(self, args: argparse.Namespace) -> None:
+        """Runs the command."""
+        with mistakes_told():
+            super().run(args)  # type: ignore[misc]
+
+
+class Listing(Told, CmdList):
+    """TorchX's `list`."""
+
+    def add_arguments(self, subparser: argparse.ArgumentParser) -> None:
+        """Adds TorchX's arguments, with TorchX's own default of the scheduler."""
+        super().add_arguments(subparser)
+        keep_default_scheduler(subparser, "list")
+
+
+class Status(Told, CmdStatus):
+    """TorchX's `status`."""
+
+
+class Cancel(Told, CmdCancel):
+    """TorchX's `cancel`."""
+
+
+class Delete(Told, CmdDelete):
+    """TorchX's `delete`."""
+
+
+class Log(Told, CmdLog):
+    """TorchX's `log`."""
+
+
+def keep_default_scheduler(subparser: argparse.ArgumentParser, command: str) -> None:
+    """Keeps TorchX's own default where no .torchxconfig names one: a scheduler that a package brings, as this one does,
+    would take its place."""
+    if config.get_config(prefix="cli", name=command, key="scheduler") is None:
+        subparser.set_defaults(scheduler=next(iter(DEFAULT_SCHEDULER_MODULES)))
 
 
 def check(args: argparse.Namespace) -> None:
@@ -52,8 +119,17 @@ def check(args: argparse.Namespace) -> None:
     except (InvalidRunConfigException, ValueError) as error:
         text = str(error).split(" Given: ")[0].splitlines()[0].rstrip(".")
         raise UserError(f"-cfg, scheduler {args.scheduler}: {text}; see torchx runopts {args.scheduler}") from None
+    check_pairs(args.component_name_and_args)
     if args.scheduler == "slurm":
         check_slurm(chosen.get("partition"), args.dryrun)
+
+
+def check_pairs(words: List[str]) -> None:
+    """Checks options that hold NAME=VALUE,…. Raises UserError where TorchX would drop a "=" at the end in silence."""
+    words = words[: words.index("--")] if "--" in words else words
+    for option, value in zip(words, words[1:]):
+        if option in ("--env", "--metadata", "--devices") and value.rstrip(" ").endswith("="):
+            raise UserError(f"{option}: {value}: ends with =; write {QUOTING}, and nothing as \"NAME=''\"")
 
 
 def check_slurm(partition: Optional[str], dryrun: bool) -> None:
@@ -79,18 +155,15 @@ def check_slurm(partition: Optional[str], dryrun: bool) -> None:
             raise UserError(f"-cfg partition={partition}: no such partition; there are {there}")
 
 
-def _message(error: Exception, scheduler: str) -> Optional[str]:
-    """The one line for a mistake, or for a scheduler that refuses or does not answer; None for a defect."""
-    module, text = type(error).__module__, " ".join(str(error).split())[:160]
-    if isinstance(error, UserError):
-        return str(error)
+def _message(error: Exception) -> Optional[str]:
+    """The one line for a mistake, or for a scheduler that refuses; None for a defect. Kubernetes' answers are UserErrors
+    already (launch/kubernetes)."""
+    module, text = type(error).__module__, one_line(error)
     if isinstance(error, subprocess.CalledProcessError) and error.cmd[0] == "sbatch":
         return "sbatch refused the job, for the reason above; nothing was submitted"
     if module.startswith("docker."):
         why = "which TorchX needs to build this folder into the image"
-        return f"no Docker here, {why} ({text}); --workspace '' takes the image as it is"
-    if module.startswith(("urllib3.", "kubernetes.")):
-        return f"Kubernetes does not answer ({text}); look at kubectl config, or use --dryrun -cfg validate_spec=False,…"
-    if scheduler == "kubernetes" and isinstance(error, ValueError):  # what the API server refused
-        return f"{text}; nothing was submitted"
+        return f"no Docker here, {why} ({text[:160]}); --workspace '' takes the image as it is"
+    if isinstance(error, ValueError) and re.search("cannot be split into|at least one `key=value` pair", text):
+        return f"--env, --metadata or --devices: {text}; write NAME=VALUE,NAME=VALUE, {QUOTING}"
     return None
