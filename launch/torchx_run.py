@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from contextlib import contextmanager
 from typing import Iterator, List, Optional
 
@@ -32,11 +33,16 @@ from launch.environment import QUOTING
 @contextmanager
 def mistakes_told() -> Iterator[None]:
     """Ends the program with one line for a UserError."""
+    threads_end = threading.excepthook
+    # A thread of TorchX's that reads a log raises in itself what it hands on to the main one.
+    threading.excepthook = lambda end: None if issubclass(end.exc_type, UserError) else threads_end(end)
     try:
         yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.code) from None
+    finally:
+        threading.excepthook = threads_end
 
 
 class Run(CmdRun):

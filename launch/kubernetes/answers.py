@@ -35,9 +35,9 @@ def words(error: ApiException) -> str:
 
 def silence(error: HTTPError) -> str:
     """Returns why no answer came: the innermost reason, with the address where urllib3 tells it."""
-    reason: object = error
-    while isinstance(getattr(reason, "reason", None), Exception):
-        reason = getattr(reason, "reason")  # noqa: B009
+    reason: Exception = error
+    while inner := [inner for inner in (*vars(reason).values(), *reason.args) if isinstance(inner, Exception)]:
+        reason = inner[0]
     pool = getattr(error, "pool", None)
     address = f"{pool.host}:{pool.port}: " if pool is not None else ""
     return address + one_line(str(reason).rpartition(">: ")[2])
