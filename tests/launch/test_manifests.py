@@ -125,7 +125,7 @@ def test_sixteen_nodes_are_sixteen_pods_that_meet_at_the_first(here, capsys):
     manifest = yaml.safe_load(dryrun(EXAMPLES[0], capsys)[1])
     tasks = manifest["spec"]["tasks"]
     assert [task["name"] for task in tasks] == [f"train-{node}" for node in range(16)]
-    assert manifest["spec"]["queue"] == "research" and manifest["spec"]["maxRetry"] == 1
+    assert manifest["spec"]["queue"] == "research" and manifest["spec"]["maxRetry"] == 2
     for node, task in enumerate(tasks):
         assert task["replicas"] == 1 and {"event": "PodFailed", "action": "RestartJob"} in task["policies"]
         pod = task["template"]["spec"]
