@@ -62,10 +62,11 @@ def train(
         devices: further devices a node (Kubernetes): rdma/ib=8
         image: container image to run in, where the scheduler runs containers; paths are then the image's
         mounts: type=volume,src=CLAIM,dst=/data or type=bind,src=/host,dst=/data[,readonly], one after the other
-        env: environment of every process: NAME=VALUE,NAME=VALUE
+        env: environment of every process: NAME=VALUE,NAME=VALUE; a value with = in it needs quotes: --env 'A="b=c"'
         metadata: for the scheduler, such as kubernetes=file:///path/to/pod-overlay.yaml
         max_restarts: times that torchrun starts all workers again after one was lost
-        max_retries: times that the scheduler runs a failed job again (Slurm: requeue); a node's failure does not count
+        max_retries: times that the scheduler starts a failed job again; on Kubernetes an eviction or a drained node counts
+            as well, on Slurm the loss of a node does not
         rdzv_port: port on the first node where the nodes meet; jobs that share it need one each (a single node: any free one)
     """
     with one_line():
@@ -107,9 +108,9 @@ def evaluate(
         devices: further devices a node (Kubernetes): rdma/ib=8
         image: container image to run in, where the scheduler runs containers; paths are then the image's
         mounts: type=volume,src=CLAIM,dst=/data or type=bind,src=/host,dst=/data[,readonly], one after the other
-        env: environment of every process: NAME=VALUE,NAME=VALUE
+        env: environment of every process: NAME=VALUE,NAME=VALUE; a value with = in it needs quotes: --env 'A="b=c"'
         metadata: for the scheduler, such as kubernetes=file:///path/to/pod-overlay.yaml
-        max_retries: times that the scheduler runs a failed job again
+        max_retries: times that the scheduler starts a failed job again; on Kubernetes an eviction counts as well
         rdzv_port: port on the first node where the nodes meet
     """
     with one_line():
@@ -139,9 +140,9 @@ def prepare(
         memMB: memory in MB; 0: as h says, or whatever the scheduler gives
         image: container image to run in, where the scheduler runs containers; paths are then the image's
         mounts: type=volume,src=CLAIM,dst=/data or type=bind,src=/host,dst=/data[,readonly], one after the other
-        env: environment of the process: NAME=VALUE,NAME=VALUE
+        env: environment of the process: NAME=VALUE,NAME=VALUE; a value with = in it needs quotes: --env 'A="b=c"'
         metadata: for the scheduler, such as kubernetes=file:///path/to/pod-overlay.yaml
-        max_retries: times that the scheduler runs a failed job again
+        max_retries: times that the scheduler starts a failed job again; on Kubernetes an eviction counts as well
     """
     with one_line():
         place = Place(
@@ -174,9 +175,9 @@ def sweep(
         memMB: memory in MB; 0: as h says, or whatever the scheduler gives
         image: container image to run in, where the scheduler runs containers; paths are then the image's
         mounts: type=volume,src=CLAIM,dst=/data or type=bind,src=/host,dst=/data[,readonly], one after the other
-        env: environment of the processes: NAME=VALUE,NAME=VALUE
+        env: environment of the processes: NAME=VALUE,NAME=VALUE; a value with = in it needs quotes: --env 'A="b=c"'
         metadata: for the scheduler, such as kubernetes=file:///path/to/pod-overlay.yaml
-        max_retries: times that the scheduler runs a failed job again
+        max_retries: times that the scheduler starts a failed job again; on Kubernetes an eviction counts as well
     """
     with one_line():
         place = Place(

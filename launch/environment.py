@@ -21,6 +21,10 @@ STORE_SECONDS = 600
 # to be longer: Kubernetes is told (GRACE_SECONDS), Slurm's KillWait is the administrator's and 30 s unless changed.
 GRACE_SECONDS = int(GRACE)
 SAVE_SECONDS = GRACE_SECONDS - 20
+# Values that every scheduler hands on as they are: Slurm's --export parts them at commas, Kubernetes and TorchX replace what
+# follows a dollar.
+PLAIN = re.compile(r"[A-Za-z0-9_@%+=:./-]*")
+QUOTING = "a value with = in it needs quotes: --env 'A=\"b=c\"'"
 
 
 def environment(cores: Optional[int], processes: int, given: Optional[Dict[str, str]]) -> Dict[str, str]:
@@ -46,11 +50,6 @@ def environment(cores: Optional[int], processes: int, given: Optional[Dict[str, 
         if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
             raise UserError(f"--env: {name!r} is no variable's name; write NAME=VALUE,NAME=VALUE ({QUOTING})")
     return {**values, **{name: value for name, value in (given or {}).items() if PLAIN.fullmatch(value)}}
-
-
-# Slurm's --export parts values at commas, Kubernetes and TorchX replace what follows a dollar.
-PLAIN = re.compile(r"[A-Za-z0-9_@%+=:./-]*")
-QUOTING = "a value with = , ; or spaces in quotes of its own: --env 'A=\"b=c\"'"
 
 
 def exports(given: Optional[Dict[str, str]]) -> str:

@@ -135,7 +135,7 @@ def check_pairs(words: List[str]) -> None:
     words = words[: words.index("--")] if "--" in words else words
     for option, value in zip(words, words[1:]):
         if option in ("--env", "--metadata", "--devices") and value.rstrip(" ").endswith("="):
-            raise UserError(f"{option}: {value}: ends with =; write {QUOTING}, and nothing as \"NAME=''\"")
+            raise UserError(f"{option}: {value}: ends with =; {QUOTING}; write an empty one as \"NAME=''\"")
 
 
 def check_slurm(partition: Optional[str], dryrun: bool) -> None:
@@ -171,5 +171,5 @@ def _message(error: Exception) -> Optional[str]:
         why = "which TorchX needs to build this folder into the image"
         return f"no Docker here, {why} ({text[:160]}); --workspace '' takes the image as it is"
     if isinstance(error, ValueError) and re.search("cannot be split into|at least one `key=value` pair", text):
-        return f"--env, --metadata or --devices: {text}; write NAME=VALUE,NAME=VALUE, {QUOTING}"
+        return f"--env, --metadata or --devices: {text}; write NAME=VALUE,NAME=VALUE; {QUOTING}"
     return None

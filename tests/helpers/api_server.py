@@ -33,12 +33,13 @@ class ApiServer:
 
     Attributes:
         jobs: {(namespace, name): job} of those that were submitted.
+        pods: {(namespace, name): log}; nobody starts any.
         asked: (method, path, dry run) of every request.
         namespaces, queues: those that there are.
     """
 
     def __init__(self):
-        self.jobs, self.asked, self._instead = {}, [], []
+        self.jobs, self.pods, self.asked, self._instead = {}, {}, [], []
         self.namespaces, self.queues = {"ml", "default"}, {"research", "default"}
 
     def __enter__(self):
@@ -94,6 +95,10 @@ class ApiServer:
 
     def _answer(self, method, path, body, dry):
         if found := re.fullmatch(PODS, path):
+            pod = found["namespace"], found["name"]
+            if pod in self.pods:
+                container = {"name": found["name"], "image": "i"}
+                return 200, self.pods[pod] if found["log"] else {"spec": {"containers": [container]}, "status": {}}
             return status(404, "NotFound", f'pods "{found["name"]}" not found')
         found = re.fullmatch(JOBS, path)
         if found is None:

@@ -1,16 +1,17 @@
 """Submitting to Kubernetes: what an API server answers is told in its words, and a job that is there is never denied."""
 
 import json
-import re
 import shlex
 
 import pytest
+from kubernetes.config import kube_config
 from torchx.cli.argparse_util import torchxconfig
-from torchx.cli.main import create_parser, get_sub_cmds, main
+from torchx.cli.main import create_parser, get_sub_cmds
 from torchx.schedulers import DEFAULT_SCHEDULER_MODULES, get_scheduler_factories
 
-from launch.kubernetes import submission
+from launch.kubernetes import namespace, submission
 from tests.helpers.api_server import DROPPED, ApiServer, forbidden, status
+from tests.helpers.kubectl import torchx, use
 
 pytestmark = pytest.mark.thorough
 
@@ -24,32 +25,9 @@ BOTH = pytest.mark.parametrize("validated", [True, False])
 @pytest.fixture
 def server(here, monkeypatch):
     monkeypatch.setattr(submission, "PAUSES", (0.0, 0.0))
-    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     with ApiServer() as server:
         use(server, monkeypatch, here)
         yield server
-
-
-def use(server, monkeypatch, folder, namespace=None):
-    """Makes the server the one that kubectl would ask."""
-    from kubernetes.config import kube_config
-
-    path = str(server.kubeconfig(folder / "kubeconfig", namespace))
-    monkeypatch.setenv("KUBECONFIG", path)
-    monkeypatch.setattr(kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", path)  # read when it was imported
-
-
-def torchx(capsys, *words):
-    """Exit code, printed lines and complaints of a command."""
-    capsys.readouterr()
-    try:
-        main([*words])
-        code = 0
-    except SystemExit as ended:
-        code = ended.code
-    said = capsys.readouterr()
-    complaints = [line for line in said.err.splitlines() if not re.match(r".*torchx.* INFO ", line)]
-    return code, said.out, complaints
 
 
 def submit(capsys, validated=True, cfg="namespace=ml", queue="research", options=()):
@@ -61,8 +39,8 @@ def submit(capsys, validated=True, cfg="namespace=ml", queue="research", options
 @BOTH
 def test_a_job_is_submitted_once_and_its_handle_printed(server, capsys, validated):
     code, printed, complaints = submit(capsys, validated)
-    ((namespace, name),) = server.jobs
-    assert (code, complaints, printed.split()[0]) == (0, [], f"kubernetes://torchx/ml:{name}") and namespace == "ml"
+    ((_, name),) = server.jobs
+    assert (code, complaints, printed.split()[0]) == (0, [], f"kubernetes://torchx/ml:{name}")
     posts = [dry for method, _, dry in server.asked if method == "POST"]
     assert posts == ([True, False] if validated else [False])
 
@@ -100,8 +78,6 @@ def test_a_server_that_does_not_answer_is_told_so(server, capsys, validated):
 
 
 def test_without_any_configuration_it_is_told_so(server, capsys, monkeypatch, here):
-    from kubernetes.config import kube_config
-
     monkeypatch.setattr(kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", str(here / "none"))
     code, _, (complaint,) = submit(capsys)
     assert code == 2 and "no Kubernetes cluster is configured" in complaint and "--dryrun" in complaint
@@ -162,9 +138,9 @@ def test_what_cannot_be_known_is_not_claimed(server, capsys):
 def test_the_namespace_is_the_contexts_where_none_is_named(server, capsys, monkeypatch, here):
     use(server, monkeypatch, here, "ml")
     code, printed, _ = submit(capsys, cfg="")
-    ((namespace, name),) = server.jobs
-    assert code == 0 and namespace == "ml"
-    assert f"namespace: {namespace}" in submit(capsys, cfg="", options=["--dryrun"])[1]
+    ((where, name),) = server.jobs
+    assert code == 0 and where == "ml"
+    assert "namespace: ml" in submit(capsys, cfg="", options=["--dryrun"])[1]
     assert f"kubernetes://torchx/ml:{name}" in torchx(capsys, "list", "-s", "kubernetes")[1]
     use(server, monkeypatch, here)
     submit(capsys, cfg="")
@@ -172,8 +148,6 @@ def test_the_namespace_is_the_contexts_where_none_is_named(server, capsys, monke
 
 
 def test_inside_a_pod_it_is_the_service_accounts(tmp_path, monkeypatch):
-    from launch.kubernetes import namespace
-
     (tmp_path / "namespace").write_text("team\n")
     monkeypatch.setattr(namespace, "SERVICE_ACCOUNT", str(tmp_path / "namespace"))
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")

@@ -78,7 +78,11 @@ def test_on_this_machine(here, app):
     started(replica.args, {**replica.env, "PATH": os.environ["PATH"]}, here)  # which the scheduler adds when it starts one
 
 
-@given(st.lists(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])), min_size=1))
+ANY = st.characters(exclude_characters="\0", exclude_categories=["Cs"])
+PIECES = st.sampled_from(["$", "$$", "$(HOME)", "${app_id}", "(", ")", "{", "'", '"', "\\", "HOME", " "]) | ANY
+
+
+@given(st.lists(st.lists(PIECES).map("".join), min_size=1))
 def test_any_words_pass_through_all_that_replaces(words):
     """Neither TorchX nor the kubelet finds anything to replace, and bash takes the quotation away."""
     text = quoted(words)
