@@ -14,10 +14,13 @@ from urllib3.exceptions import (
     ProxyError,
     SSLError,
 )
+from yaml import YAMLError
 
 from fuxi_torchrec.errors import UserError, one_line
 
 NOT_CONNECTED = (ConnectTimeoutError, NameResolutionError, NewConnectionError, ProxyError, SSLError)
+UNREADABLE = (ConfigException, YAMLError, OSError)
+"""What reading the kubeconfig raises."""
 MOST = 600  # characters: a webhook tells every task's mistake
 
 
@@ -60,8 +63,10 @@ def told(afterwards: str, instead: str = "") -> Iterator[None]:
     try:
         yield
     except ApiException as error:
+        if not error.status:  # the client's own, of a connection that is not secure
+            raise UserError(f"Kubernetes does not answer ({one_line(error.reason)}); {look}") from error
         raise UserError(f"Kubernetes answers: {words(error)}; {afterwards}") from error
     except HTTPError as error:
         raise UserError(f"Kubernetes does not answer ({silence(error)}); {look}") from error
-    except ConfigException as error:
+    except UNREADABLE as error:
         raise UserError(f"no Kubernetes cluster is configured ({one_line(error)}); {look}") from error

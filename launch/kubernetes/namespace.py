@@ -2,7 +2,9 @@
 
 import os
 
-from kubernetes.config import ConfigException, incluster_config, list_kube_config_contexts
+from kubernetes.config import incluster_config, list_kube_config_contexts
+
+from launch.kubernetes.answers import UNREADABLE
 
 SERVICE_ACCOUNT = os.path.join(os.path.dirname(incluster_config.SERVICE_TOKEN_FILENAME), "namespace")
 
@@ -15,6 +17,6 @@ def current_namespace() -> str:
             return file.read().strip() or "default"
     try:
         _, context = list_kube_config_contexts()
-    except ConfigException:
+    except UNREADABLE:  # told where the server is asked
         return "default"
     return ((context or {}).get("context") or {}).get("namespace") or "default"

@@ -51,7 +51,7 @@ def is_doubtful(error: Exception) -> bool:
     """Tells whether the job may have been kept although no answer says so: the connection broke, or the server failed."""
     if isinstance(error, HTTPError):
         return was_sent(error)
-    return isinstance(error, ApiException) and error.status >= 500
+    return isinstance(error, ApiException) and (error.status or 0) >= 500
 
 
 def _settle(api: CustomObjectsApi, job: JsonObject, doubt: str) -> None:

@@ -16,7 +16,7 @@ from tests.helpers.kubectl import torchx, use
 pytestmark = pytest.mark.thorough
 
 WORDS = (
-    'launch/components.py:prepare --image I:1 --mounts type=volume,src=claim,dst=/data synthetic --users 100 --items 50 '
+    'launch/components.py:prepare --image i:1 --mounts type=volume,src=claim,dst=/data synthetic --users 100 --items 50 '
     "--events-per-user 20 --output /data/made"
 )  # fmt: skip
 BOTH = pytest.mark.parametrize("validated", [True, False])
@@ -77,9 +77,13 @@ def test_a_server_that_does_not_answer_is_told_so(server, capsys, validated):
     assert "Connection refused" in complaint and "nothing was submitted" in complaint
 
 
-def test_without_any_configuration_it_is_told_so(server, capsys, monkeypatch, here):
-    monkeypatch.setattr(kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", str(here / "none"))
-    code, _, (complaint,) = submit(capsys)
+@pytest.mark.parametrize("text", [None, "a: ["])
+def test_without_a_configuration_that_can_be_read_it_is_told_so(server, capsys, monkeypatch, here, text):
+    file = here / "other"
+    if text:
+        file.write_text(text)
+    monkeypatch.setattr(kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", str(file))
+    code, _, (complaint,) = submit(capsys, cfg="")
     assert code == 2 and "no Kubernetes cluster is configured" in complaint and "--dryrun" in complaint
 
 
