@@ -7,7 +7,7 @@ stands behind them, and its errors name an option as it is typed.
 import argparse
 import re
 import sys
-from typing import TYPE_CHECKING, Any, Dict, List, NoReturn, Optional
+from typing import TYPE_CHECKING, Any, Dict, List, NoReturn, Optional, Set
 
 if TYPE_CHECKING:
     from fuxi_torchrec.data.format import DatasetIdentity
@@ -36,13 +36,21 @@ def main(arguments: List[str]) -> int:
 def parse(arguments: List[str]) -> argparse.Namespace:
     """Parses the options of the pipeline that `kind` names; --with_underscores are taken as --with-dashes."""
     parser = _Parser(prog="fuxi-torchrec prepare", description="Raw data to a data set folder.", allow_abbrev=False)
-    pipelines = parser.add_subparsers(dest="kind", required=True, metavar="|".join(COMMANDS))
-    for name, add_options in (("movielens", _movielens), ("events", _events), ("synthetic", _synthetic)):
-        what = COMMANDS[name]
-        pipeline = pipelines.add_parser(name, help=what, description=f"Prepares {what}.", allow_abbrev=False)
-        add_options(pipeline)
-        pipeline.add_argument("--overwrite", action="store_true", help="replace the data set that is there")
+    _add_pipelines(parser)
     return parser.parse_args([re.sub(r"^--[\w-]+", lambda option: option[0].replace("_", "-"), a) for a in arguments])
+
+
+def path_options() -> Set[str]:
+    """Names the options, of any pipeline, whose values are paths, globs or addresses."""
+    found: Set[str] = set()
+    for pipeline in _add_pipelines(_Parser()).choices.values():
+        found.update(name for action in pipeline._actions if action.type is path for name in action.option_strings)
+    return found
+
+
+def path(text: str) -> str:
+    """Marks an option, as its type, for `path_options`; the value stays as it is."""
+    return text
 
 
 def run(options: argparse.Namespace) -> None:
@@ -72,6 +80,16 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
+def _add_pipelines(parser: argparse.ArgumentParser) -> Any:
+    pipelines = parser.add_subparsers(dest="kind", required=True, metavar="|".join(COMMANDS))
+    for name, add_options in (("movielens", _movielens), ("events", _events), ("synthetic", _synthetic)):
+        what = COMMANDS[name]
+        pipeline = pipelines.add_parser(name, help=what, description=f"Prepares {what}.", allow_abbrev=False)
+        add_options(pipeline)
+        pipeline.add_argument("--overwrite", action="store_true", help="replace the data set that is there")
+    return pipelines
 
 
 def summary(identity: "DatasetIdentity", output: str) -> List[str]:
@@ -106,15 +124,15 @@ def _run_synthetic(given: Dict[str, Any]) -> "Optional[DatasetIdentity]":
     from data_pipelines.movielens_like import write_movielens_archive
 
     given.pop("unique_items")  # films are never rated twice, asked for or not
-    path = write_movielens_archive(given.pop("output"), **given)
-    print(f"{path}: generated, in the layout of ml-1m.zip; next: fuxi-torchrec prepare movielens --source {path}")
+    made = write_movielens_archive(given.pop("output"), **given)
+    print(f"{made}: generated, in the layout of ml-1m.zip; next: fuxi-torchrec prepare movielens --source {made}")
     return None
 
 
 def _movielens(parser: argparse.ArgumentParser) -> None:
     option = parser.add_argument
-    option("--source", required=True, help="a zip, a folder, or the address of a zip")
-    option("--output", required=True, help="folder of the data set to make")
+    option("--source", type=path, required=True, help="a zip, a folder, or the address of a zip")
+    option("--output", type=path, required=True, help="folder of the data set to make")
     catalogue = "which movies can be recommended: those that were rated, or all that the archive lists (default: rated)"
     option("--catalogue", choices=("rated", "all"), default="rated", help=catalogue)
     option("--checksum", help="md5 or sha256 that the archive must have; compared before anything else")
@@ -124,11 +142,11 @@ def _movielens(parser: argparse.ArgumentParser) -> None:
 def _events(parser: argparse.ArgumentParser) -> None:
     option = parser.add_argument
     source = "CSV or Parquet files, as paths, globs or addresses; all of them are one log"
-    option("--source", nargs="+", required=True, help=source)
+    option("--source", type=path, nargs="+", required=True, help=source)
     option("--user-column", required=True, help="column that holds each event's user id")
     option("--item-column", required=True, help="column that holds each event's item id")
     option("--time-column", required=True, help="column that holds each event's time: integers, or datetimes")
-    option("--output", required=True, help="folder of the data set to make")
+    option("--output", type=path, required=True, help="folder of the data set to make")
     unit = "unit of the times: s, ms, us, ns, or a number of seconds; datetimes are converted to it (default: s)"
     option("--time-unit", default="s", help=unit)
     extra = "further columns to keep with the events: NAME, or with what it holds NAME:int, NAME:float, NAME:text"
@@ -136,7 +154,7 @@ def _events(parser: argparse.ArgumentParser) -> None:
     for kind in ("user", "item"):
         what = f"what {kind} ids are; auto decides by the first one; text keeps 007 as it stands (default: auto)"
         option(f"--{kind}-type", choices=("auto", "integer", "text"), default="auto", help=what)
-    option("--item-titles", help="another CSV or Parquet file, with a title for each item; 'recommend' prints them")
+    option("--item-titles", type=path, help="another CSV or Parquet file, with a title for each item; 'recommend' prints them")
     item_column = "column of the --item-titles file that holds the item ids (default: the name in --item-column)"
     option("--titles-item-column", help=item_column)
     title_column = "column of the --item-titles file that holds the titles (default: title)"
@@ -152,7 +170,7 @@ def _synthetic(parser: argparse.ArgumentParser) -> None:
     option("--users", type=int, required=True, help="number of users")
     option("--items", type=int, required=True, help="number of items in the catalogue")
     option("--events-per-user", type=int, required=True, help="mean length of a user's history")
-    option("--output", required=True, help="folder of the data set to make, or for --format ml-1m the zip file")
+    option("--output", type=path, required=True, help="folder of the data set to make, or for --format ml-1m the zip file")
     formats = "sequences: a data set; ml-1m: a zip for 'prepare movielens' (default: sequences)"
     option("--format", choices=("sequences", "ml-1m"), default="sequences", help=formats)
     option("--seed", type=int, default=0, help="another seed gives other users (default: 0)")

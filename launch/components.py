@@ -184,4 +184,6 @@ def sweep(
             nproc_per_node=1, h=h, cpu=cpu, gpu=gpu, memMB=memMB, image=image, mounts=mounts, env=env, metadata=metadata,
             max_retries=max_retries,
         )
-        return jobs.sweep(config, list(options), place)
+        from launch.sweep.submission import sweep_app
+
+        return sweep_app(config, list(options), place)

@@ -9,7 +9,6 @@ from typing import List, Optional, Sequence, Tuple
 
 from torchx.specs import AppDef, Role
 
-from fuxi_torchrec.errors import UserError
 from launch import checks
 from launch.environment import interpreter, quoted, torchrun
 from launch.kubernetes.retries import COUNTS_RESTARTS
@@ -33,21 +32,20 @@ def train(
 
 def evaluate(run: str, options: List[str], place: Place, later: bool = False) -> AppDef:
     """Makes the application that evaluates a run's saved model. later: another job trains it first."""
-    run = checks.evaluation(run, options, place, later)
+    run, options = checks.evaluation(run, options, place, later)
     return application(run, place.role("evaluate", _torchrun(place, ["evaluate", run, *options])))
 
 
 def prepare(arguments: List[str], place: Place, command: Sequence[str] = ("fuxi_torchrec", "prepare")) -> AppDef:
     """Makes the application that runs a data pipeline. command: module that takes the arguments, and words before them."""
     arguments = checks.preparation(arguments, place)
-    return _alone("prepare", f"prepare-{arguments[0]}", ["-m", *command, *arguments], place)
+    checks.begins(arguments, place)
+    return alone("prepare", f"prepare-{arguments[0]}", ["-m", *command, *arguments], place)
 
 
-def sweep(config: str, options: List[str], place: Place) -> AppDef:
-    """Makes the application that runs a sweep in one job: its runs are processes of the job's node."""
-    if not os.path.isfile(config):
-        raise UserError(f"{config}: no such sweep config; name one of configs/sweeps/")
-    return _alone("sweep", config, ["-m", "launch.sweep", config, *options], place)
+def alone(role: str, name: str, words: List[str], place: Place) -> AppDef:
+    """Makes the application of one Python process, without torchrun. name: a path or a word that the job is named by."""
+    return application(name, place.role(role, "exec " + quoted([interpreter(place.image), *words])))
 
 
 def application(path: str, role: Role) -> AppDef:
@@ -63,10 +61,6 @@ def _torchrun(place: Place, arguments: List[str]) -> str:
     python = interpreter(place.image)
     module = ["fuxi_torchrec", *arguments]
     return torchrun(place.nnodes, place.processes, place.max_restarts, place.rdzv_port, python, module)
-
-
-def _alone(role: str, name: str, words: List[str], place: Place) -> AppDef:
-    return application(name, place.role(role, "exec " + quoted([interpreter(place.image), *words])))
 
 
 def _name(path: str) -> str:

@@ -4,11 +4,13 @@ import os
 from dataclasses import dataclass
 from typing import Dict, List, Optional
 
-from torchx.specs import Role, parse_mounts
+from torchx.specs import Role
 
 from fuxi_torchrec.errors import UserError
 from launch.environment import GRACE_SECONDS, environment, exports
 from launch.hosts import resource
+from launch.images import check_image
+from launch.mounts import folders, read_mounts
 
 PATIENT_POD = {"spec": {"terminationGracePeriodSeconds": GRACE_SECONDS}}
 
@@ -44,7 +46,8 @@ class Place:
         if 0 < gpus < self.processes:
             where = "--gpu" if self.gpu else f"-h {self.h}"
             raise UserError(f"--nproc_per_node: {self.processes} processes are more than the {gpus} GPUs of {where}")
-        self.mounted = mounted_folders(self.mounts)
+        check_image(self.image)
+        self.mounted = folders(read_mounts(self.mounts))
 
     @property
     def size(self) -> int:
@@ -66,22 +69,5 @@ class Place:
             resource=self.resource,
             port_map={"c10d": self.rdzv_port} if self.nnodes > 1 else {},
             metadata={"kubernetes": {"V1Pod": PATIENT_POD}, **(self.metadata or {})},
-            mounts=parse_mounts(self.mounts) if self.mounts else [],
+            mounts=read_mounts(self.mounts),
         )
-
-
-SHARED_MEMORY = "/dev/shm"  # TorchX mounts it into every pod
-
-
-def mounted_folders(mounts: Optional[List[str]]) -> List[str]:
-    """Lists the folders of an image that mounts lie on, each once. Raises UserError."""
-    try:
-        folders = [mount.dst_path for mount in parse_mounts(mounts or [])]
-    except (KeyError, ValueError) as error:
-        text = str(error.args[0] if error.args else error)
-        raise UserError(f"--mounts: {text}; write type=volume,src=CLAIM,dst=/data or type=bind,src=/host,dst=/data") from None
-    for folder in folders:
-        if folders.count(folder) > 1 or folder.rstrip("/") == SHARED_MEMORY:
-            why = "TorchX mounts it by itself" if folder.rstrip("/") == SHARED_MEMORY else "it is mounted twice"
-            raise UserError(f"--mounts: {folder}: {why}; leave this mount out")
-    return folders

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 from contextlib import contextmanager
-from typing import Iterator, List, Optional
+from typing import Any, Iterator, List, Optional
 
 from torchx.cli.cmd_cancel import CmdCancel
 from torchx.cli.cmd_delete import CmdDelete
@@ -20,14 +20,15 @@ from torchx.cli.cmd_list import CmdList
 from torchx.cli.cmd_log import CmdLog
 from torchx.cli.cmd_run import CmdRun
 from torchx.cli.cmd_status import CmdStatus
-from torchx.runner import config, get_runner
+from torchx.runner import Runner, config, get_runner
 from torchx.schedulers import DEFAULT_SCHEDULER_MODULES
 from torchx.schedulers.local_scheduler import SignalException
-from torchx.specs import InvalidRunConfigException
+from torchx.specs import AppDef, InvalidRunConfigException
 
 from fuxi_torchrec.errors import UserError, one_line
 from fuxi_torchrec.files import JsonObject
 from launch.environment import QUOTING
+from launch.images import check_app
 
 
 @contextmanager
@@ -70,6 +71,17 @@ class Run(CmdRun):
                 raise
             print(f"error: {message}", file=sys.stderr)
             raise SystemExit(2) from None
+
+    def _run_inner(self, runner: Runner, args: Any, json_output: bool) -> None:
+        """TorchX's, with a look at the application before its image is built: only by then is its scheduler known too."""
+        dryrun = runner.dryrun
+
+        def checked(app: AppDef, scheduler: str, **options: Any) -> Any:
+            check_app(app, scheduler)
+            return dryrun(app, scheduler, **options)
+
+        runner.dryrun = checked
+        super()._run_inner(runner, args, json_output)
 
 
 class Told:

@@ -2,16 +2,19 @@
 
 import json
 import sys
-from typing import Any, List
+from typing import TYPE_CHECKING, Any, List
 
 from fuxi_torchrec.cli.output import print_splits, write_output
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.files import JsonObject, write_aside
 
+if TYPE_CHECKING:
+    from fuxi_torchrec.config.schema import DataConfig
 
-def evaluate_command(arguments: List[str]) -> int:
-    """Runs `fuxi-torchrec evaluate`; returns its exit code."""
-    from fuxi_torchrec.cli.options import add_model_options, saved_model
+
+def parse(arguments: List[str]) -> Any:
+    """Parses the command's arguments into a namespace; ends the program by one line and exit code 2 for a mistake."""
+    from fuxi_torchrec.cli.options import add_model_options
     from fuxi_torchrec.config.parsing import OneLineParser
 
     parser = OneLineParser(prog="fuxi-torchrec evaluate", description="Ranks every user's target by a saved model.")
@@ -19,15 +22,19 @@ def evaluate_command(arguments: List[str]) -> int:
     parser.add_argument("--split", type=str, default="test", help="test, or validation where the run's split has one.")
     add_model_options(parser)
     parser.add_argument("--output", type=str, default=None, help="Also write the metrics to this JSON file.")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def evaluate_command(arguments: List[str]) -> int:
+    """Runs `fuxi-torchrec evaluate`; returns its exit code."""
+    from fuxi_torchrec.cli.options import saved_model
+
+    options = parse(arguments)
     with saved_model(options) as saved:
-        from fuxi_torchrec.config import evaluation_splits
         from fuxi_torchrec.evaluation.evaluate import evaluate
         from fuxi_torchrec.evaluation.popularity import popularity
 
-        splits = evaluation_splits(saved.config.data)
-        if options.split not in splits:
-            raise UserError(f"--split {options.split}: this run's data.split has {' and '.join(splits)}")
+        check_split(options.split, saved.config.data)
         metrics = evaluate(saved.model, saved.dataset, saved.config, options.split, saved.world)
         line = {"split": options.split, "step": saved.step, "epoch": saved.epoch, "checkpoint": options.checkpoint}
         if saved.world.is_main:
@@ -37,6 +44,15 @@ def evaluate_command(arguments: List[str]) -> int:
             results = {options.split: metrics, f"popularity {options.split}": popular}
             print_splits(results, saved.dataset, saved.config, options.run)
     return 0
+
+
+def check_split(split: str, data: "DataConfig") -> None:
+    """Checks that a run's data has a split to be evaluated. Raises UserError."""
+    from fuxi_torchrec.config import evaluation_splits
+
+    splits = evaluation_splits(data)
+    if split not in splits:
+        raise UserError(f"--split {split}: this run's data.split has {' and '.join(splits)}")
 
 
 def _keep(saved: Any, line: JsonObject, options: Any) -> None:

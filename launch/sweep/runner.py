@@ -19,6 +19,7 @@ from fuxi_torchrec.files import JsonObject, write_aside
 from fuxi_torchrec.run.folder import RunFolder
 from fuxi_torchrec.run.outcome import OUTCOME_FILE, read_outcome
 from launch import jobs
+from launch.images import check_image_given
 from launch.place import Place
 from launch.sweep.orphans import MARK, stop_orphans
 from launch.sweep.plan import SweepPlan
@@ -263,6 +264,7 @@ def run_plan(
     from torchx.runner import get_runner
     from torchx.schedulers.local_scheduler import SignalException
 
+    check_image_given(place.image, scheduler)
     with only_one(folder), get_runner() as runner:
         sweep = Sweep(plan, folder, place, scheduler, _scheduler_options(runner, scheduler, cfg), concurrency, runner)
         try:

@@ -13,6 +13,7 @@ from tests.helpers.dryrun import ROOT, refused
 TRAIN = "launch/components.py:train"
 SMOKE = ("--config", "configs/smoke/fuxi-beta.yaml")
 DATA = ("--", "--data.path", "data/ml-1m")
+MOUNTED = ("--", "--data.path", "/data/ml-1m")
 ROW_WISE = (*DATA, "--table.sharding", "row_wise")
 
 
@@ -46,8 +47,10 @@ def test_the_run_folder_is_decided_at_submission_and_paths_hold_anywhere(here):
     assert script.count("--data.path") == 1
     address = components.train("--data.path", "data/ml-1m", "--trainer.checkpoint_folder", "s3://b/c", config=SMOKE[1])
     assert "--trainer.checkpoint_folder s3://b/c" in address.roles[0].args[1]
-    (role,) = components.prepare("events", "--source", "a.csv", "/b.csv", "--output", "made", *EVENTS).roles
-    assert f"--source {here}/a.csv /b.csv --output {here}/made" in role.args[1]
+    for name in ("a.csv", "b.csv"):
+        (here / name).touch()
+    (role,) = components.prepare("events", "--source", "a.csv", f"{here}/b.csv", "--output", "made", *EVENTS).roles
+    assert f"--source {here}/a.csv {here}/b.csv --output {here}/made" in role.args[1]
 
 
 EVENTS = ("--user-column", "u", "--item-column", "i", "--time-column", "t")
@@ -84,8 +87,8 @@ MISTAKES = {
     "a mount that is none": ((*SMOKE, "--mounts", "dst=/data", *DATA), "--mounts"),
     "shared memory twice": ((*SMOKE, "--mounts", "type=bind,src=/a,dst=/dev/shm", *DATA), "/dev/shm"),
     "a folder mounted twice": ((*SMOKE, "--mounts", "type=bind,src=/a,dst=/d,type=bind,src=/b,dst=/d", *DATA), "mounted twice"),
-    "a run folder lost with its container": ((*SMOKE, "--image", "i", "--output", "/tmp/run", *DATA), "would be lost"),
-    "no run folder in an image": ((*SMOKE, "--image", "i", *DATA), "name the run folder inside the image"),
+    "a run folder lost with its container": ((*SMOKE, "--image", "i", "--output", "/tmp/run", *MOUNTED), "would be lost"),
+    "no run folder in an image": ((*SMOKE, "--image", "i", *MOUNTED), "--output: name a full path inside the image"),
     "no node": ((*SMOKE, "--nnodes", "0", *DATA), "--nnodes"),
     "no port": ((*SMOKE, "--rdzv_port", "99999", *DATA), "--rdzv_port"),
     "devices that are not counted": ((*SMOKE, "--devices", "rdma/ib=all", *DATA), "--devices"),

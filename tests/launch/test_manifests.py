@@ -74,12 +74,12 @@ VOLCANO_JOB = {
 }
 EXAMPLES = documented("kubernetes")
 PREPARE = (
-    'torchx run -s kubernetes --workspace "" -cfg queue=research,namespace=ml launch/components.py:prepare -h cpu --image I:1 '
+    'torchx run -s kubernetes --workspace "" -cfg queue=research,namespace=ml launch/components.py:prepare -h cpu --image i:1 '
     "--mounts type=volume,src=training,dst=/data synthetic --users 100 --items 50 --events-per-user 20 --output /data/made"
 )
 EVALUATE = (
     'torchx run -s kubernetes --workspace "" -cfg queue=research,namespace=ml launch/components.py:evaluate --run /data/runs/a '
-    "-h h100x8 --image I:1 --mounts type=volume,src=training,dst=/data --max_retries 0"
+    "-h h100x8 --image i:1 --mounts type=volume,src=training,dst=/data --max_retries 0"
 )
 
 
