@@ -7,12 +7,11 @@ from typing import Dict, List, Optional
 from torchx.specs import Role
 
 from fuxi_torchrec.errors import UserError
-from launch.environment import GRACE_SECONDS, environment, exports
+from launch.environment import environment, exports
 from launch.hosts import resource
 from launch.images import check_image
+from launch.kubernetes.overlay import lay_over, read_overlay
 from launch.mounts import folders, read_mounts
-
-PATIENT_POD = {"spec": {"terminationGracePeriodSeconds": GRACE_SECONDS}}
 
 
 @dataclass
@@ -48,6 +47,7 @@ class Place:
             raise UserError(f"--nproc_per_node: {self.processes} processes are more than the {gpus} GPUs of {where}")
         check_image(self.image)
         self.mounted = folders(read_mounts(self.mounts))
+        self.overlay = read_overlay(self.metadata)
 
     @property
     def size(self) -> int:
@@ -57,7 +57,7 @@ class Place:
     def role(self, name: str, command: str) -> Role:
         """Makes TorchX's role of this name: the bash command, the environment and the resources of each node."""
         cores = self.resource.cpu if self.h or self.cpu else None
-        return Role(
+        role = Role(
             name=name,
             # Schedulers without images take this for a folder, and run in the one that was submitted from.
             image=self.image or os.getcwd(),
@@ -68,6 +68,7 @@ class Place:
             max_retries=self.max_retries,
             resource=self.resource,
             port_map={"c10d": self.rdzv_port} if self.nnodes > 1 else {},
-            metadata={"kubernetes": {"V1Pod": PATIENT_POD}, **(self.metadata or {})},
             mounts=read_mounts(self.mounts),
         )
+        lay_over(role, self.overlay)
+        return role
