@@ -80,3 +80,8 @@ def test_help_needs_neither_torch_nor_pyarrow_nor_duckdb():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "--user-column" in result.stdout
     assert result.stdout.strip().endswith("[]")
+
+
+def test_the_options_that_hold_paths_are_known_by_their_names():
+    """A job that runs elsewhere is given them in full."""
+    assert cli.path_options() == {"--source", "--output", "--item-titles"}
