@@ -9,10 +9,12 @@ from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.files import JsonObject, write_aside
 
 if TYPE_CHECKING:
+    from jsonargparse import Namespace
+
     from fuxi_torchrec.config.schema import DataConfig
 
 
-def parse(arguments: List[str]) -> Any:
+def parse(arguments: List[str]) -> "Namespace":
     """Parses the command's arguments into a namespace; ends the program by one line and exit code 2 for a mistake."""
     from fuxi_torchrec.cli.options import add_model_options
     from fuxi_torchrec.config.parsing import OneLineParser

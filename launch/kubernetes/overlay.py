@@ -11,6 +11,7 @@ from torchx.specs import Role
 from torchx.specs.overlays import PUT, apply_overlay, get_overlay, set_overlay
 
 from fuxi_torchrec.errors import UserError, one_line
+from fuxi_torchrec.files import JsonObject
 from launch.environment import GRACE_SECONDS
 from launch.kubernetes.pod_fields import POD, check_overlay, check_pod
 
@@ -28,7 +29,7 @@ BY_OPTION = {
 class Overlay:
     """A user's overlay. path: its file, for messages. pod: a part of a pod, with TorchX's operators among its keys."""
 
-    def __init__(self, path: str, pod: Dict[str, Any]):
+    def __init__(self, path: str, pod: JsonObject):
         self.path, self.pod = path, pod
         check_overlay(pod, self.refuse)
 

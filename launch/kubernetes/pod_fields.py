@@ -23,13 +23,13 @@ _WORDS: Dict[str, Tuple[Tuple[type, ...], str]] = {
 Refuse = Callable[[str, str], UserError]
 
 
-def check_overlay(values: Any, refuse: Refuse) -> None:
+def check_overlay(values: object, refuse: Refuse) -> None:
     """Checks what is laid over a pod: its keys may be TorchX's operators where TorchX resolves them, not inside lists.
     Raises what `refuse(place, why)` makes of the first fault and its place, such as spec.tolerations[0].key."""
     _Checker(refuse, whole=False).check(values, POD, "", True)
 
 
-def check_pod(values: Any, refuse: Refuse) -> None:
+def check_pod(values: object, refuse: Refuse) -> None:
     """Checks a whole pod, which has all that it must have. Raises as `check_overlay` does."""
     _Checker(refuse, whole=True).check(values, POD, "", False)
 

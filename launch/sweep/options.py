@@ -2,13 +2,16 @@
 
 import os
 from dataclasses import fields
-from typing import Any, List, Optional
+from typing import TYPE_CHECKING, List, Optional
 
 from fuxi_torchrec.errors import UserError
 from launch.place import Place
 
+if TYPE_CHECKING:
+    from jsonargparse import Namespace
 
-def parse(arguments: Optional[List[str]]) -> Any:
+
+def parse(arguments: Optional[List[str]]) -> "Namespace":
     """Parses the command's arguments (None: the process's own) into a namespace; ends the program by one line and exit
     code 2 for a mistake."""
     from fuxi_torchrec.config.parsing import OneLineParser
@@ -25,7 +28,7 @@ def parse(arguments: Optional[List[str]]) -> Any:
     return parser.parse_args(arguments)
 
 
-def place_of(options: Any) -> Place:
+def place_of(options: "Namespace") -> Place:
     """Makes the place of a sweep's runs. Raises UserError for values that cannot be."""
     if options.concurrency < 1:
         raise UserError(f"--concurrency: {options.concurrency} is too small; it must be at least 1")
