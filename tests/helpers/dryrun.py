@@ -50,7 +50,7 @@ def normalised(request):
 def shown(after):
     """The first block behind a heading of the documentation that shows a request, in the pieces between its "…" lines."""
     text = DOCS.rpartition(f"\n## {after}\n")[2]
-    block = next(block for block in re.findall(r"```\n(.*?)```", text, re.DOTALL) if not block.startswith(("torchx", "docker")))
+    block = next(block for block in re.findall(r"```\n(.*?)```", text, re.DOTALL) if not block.startswith(("torchx", "make")))
     return [piece.split() for piece in re.split(r"^ *…$", block, flags=re.MULTILINE)]
 
 
