@@ -17,6 +17,6 @@ def current_namespace() -> str:
             return file.read().strip() or "default"
     try:
         _, context = list_kube_config_contexts()
-    except UNREADABLE:  # told where the server is asked
+    except (*UNREADABLE, TypeError, AttributeError):  # told where the server is asked
         return "default"
     return ((context or {}).get("context") or {}).get("namespace") or "default"

@@ -126,9 +126,17 @@ class KubernetesScheduler(TorchXScheduler):
             try:
                 config.load_incluster_config(client_configuration=configuration)
             except config.ConfigException:
-                config.load_kube_config(client_configuration=configuration)
+                _load_kubeconfig(configuration)
             self._client = client.ApiClient(configuration)
         return self._client
+
+
+def _load_kubeconfig(configuration: client.Configuration) -> None:
+    """Raises ConfigException, for a file too that is YAML and no kubeconfig."""
+    try:
+        config.load_kube_config(client_configuration=configuration)
+    except (TypeError, AttributeError) as error:
+        raise config.ConfigException(f"the kubeconfig is none: {error}") from error
 
 
 def create_scheduler(

@@ -77,7 +77,7 @@ def test_a_server_that_does_not_answer_is_told_so(server, capsys, validated):
     assert "Connection refused" in complaint and "nothing was submitted" in complaint
 
 
-@pytest.mark.parametrize("text", [None, "a: ["])
+@pytest.mark.parametrize("text", [None, "a: [", "just words", "[1, 2]", "contexts: 3", " "])
 def test_without_a_configuration_that_can_be_read_it_is_told_so(server, capsys, monkeypatch, here, text):
     file = here / "other"
     if text:
