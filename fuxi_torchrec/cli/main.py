@@ -21,6 +21,7 @@ COMMANDS = {
     "bench": "time training steps by stage, encoder and length",
     "evaluate": "rank a split's targets with a run's saved model",
     "recommend": "top-k items for users, or for a history given by hand",
+    "doctor": "what this machine has, what would stop training, and what mends it",
     "import-reference": "a checkpoint of the authors' research code -> a run folder",
     "export-reference": "a run's saved model -> a checkpoint that the research code can load",
 }
@@ -52,6 +53,7 @@ def _run(arguments: List[str]) -> int:
         "bench": _bench,
         "evaluate": evaluate_command,
         "recommend": recommend_command,
+        "doctor": _doctor,
         "import-reference": _import_research,
         "export-reference": _export_research,
     }
@@ -111,6 +113,12 @@ def _bench(arguments: List[str]) -> int:
     from fuxi_torchrec.cli.bench import bench
 
     return bench(arguments)
+
+
+def _doctor(arguments: List[str]) -> int:
+    from fuxi_torchrec.cli.doctor import doctor
+
+    return doctor(arguments)
 
 
 def _import_research(arguments: List[str]) -> int:

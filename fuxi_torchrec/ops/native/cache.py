@@ -28,7 +28,7 @@ def load(name: str, build: Callable[[Path], object]) -> ctypes.CDLL:
         OSError: the library that was built cannot be loaded.
         Whatever `build` raises.
     """
-    folder = _own_folder()
+    folder = own_folder()
     kept = None if folder is None else _load_kept(folder / name)
     return _build(name, build, folder) if kept is None else kept
 
@@ -109,7 +109,7 @@ def _load_kept(path: Path) -> Optional[ctypes.CDLL]:
     return ctypes.CDLL(str(path))
 
 
-def _own_folder() -> Optional[Path]:
+def own_folder() -> Optional[Path]:
     """`fuxi_torchrec` in the user's cache folder, closed to others; None, with the reason as a warning, where there is none."""
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fuxi_torchrec"

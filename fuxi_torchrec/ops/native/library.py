@@ -163,7 +163,7 @@ def lanes() -> int:
 @functools.cache
 def library() -> Optional[ctypes.CDLL]:
     """Returns the compiled kernels, or None: switched off, no compiler, or it failed (reported once, as a warning)."""
-    compiler = _compiler()
+    compiler = find_compiler()
     if os.environ.get(SWITCH) == "0" or platform.system() != "Linux":
         return None
     if compiler is None:
@@ -182,7 +182,7 @@ def library() -> Optional[ctypes.CDLL]:
 
 
 def _open(compiler: str) -> ctypes.CDLL:
-    flags, sources = _flags(), sorted(SOURCES.glob("*.c"))
+    flags, sources = compile_flags(), sorted(SOURCES.glob("*.c"))
     return cache.load(
         f"{_name(compiler)}.so", lambda built: _run(compiler, *flags, *map(str, sources), "-o", str(built), "-lm")
     )
@@ -190,24 +190,24 @@ def _open(compiler: str) -> ctypes.CDLL:
 
 def name() -> str:
     """Names the kernels of this machine and environment by a hash of all that they depend on."""
-    compiler = _compiler()
+    compiler = find_compiler()
     assert compiler is not None
     return _name(compiler)
 
 
 @functools.cache
 def _name(compiler: str) -> str:
-    hashed = hashlib.sha256("\0".join([compiler, _run(compiler, "--version"), *_flags(), _processor()]).encode())
+    hashed = hashlib.sha256("\0".join([compiler, _run(compiler, "--version"), *compile_flags(), _processor()]).encode())
     for path in (*sorted(SOURCES.glob("*.c")), *sorted(SOURCES.glob("*.h"))):
         hashed.update(b"\0" + path.read_bytes())
     return f"kernels-{hashed.hexdigest()[:16]}"
 
 
-def _flags() -> List[str]:
+def compile_flags() -> List[str]:
     return [*FLAGS, *LINK_FLAGS, *shlex.split(os.environ.get(MORE_FLAGS, ""))]
 
 
-def _compiler() -> Optional[str]:
+def find_compiler() -> Optional[str]:
     return shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
 
 
