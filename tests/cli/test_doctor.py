@@ -115,7 +115,7 @@ def test_a_probe_that_fails_costs_its_own_line_only():
 
 
 def test_the_kernels_target_follows_from_the_flags(machine, monkeypatch):
-    compiler = library.compiler()
+    compiler = library.find_compiler()
     if compiler is None:
         pytest.skip("there is no C compiler here")
     answer = {**KERNELS, "compiler": compiler, "flags": ["-O3", "-DQUITE=1", "-D__ARM_NEON=1"]}

@@ -70,7 +70,7 @@ def assert_same(calls, elsewhere):
 def test_kernels_for_narrower_vectors_compute_the_same(calls, target, tmp_path):
     if "x86_64" not in platform.machine():
         pytest.skip(f"these are targets of x86-64, not of {platform.machine()}")
-    library = kernel_calls.build(tmp_path, native._compiler(), NARROWER[target])
+    library = kernel_calls.build(tmp_path, native.find_compiler(), NARROWER[target])
     calls = [kernel_calls.padded_for(call, library.lanes(1)) for call in calls]
     assert_same(calls, [kernel_calls.replay(library, call) for call in calls])
 

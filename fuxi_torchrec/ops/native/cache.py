@@ -40,7 +40,7 @@ def digest(text: str) -> str:
 
 def kept_text(name: str) -> Optional[str]:
     """Reads a text that `keep_text` has kept; None where there is none of this user's own."""
-    folder = _own_folder()
+    folder = own_folder()
     try:
         descriptor = -1 if folder is None else os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
@@ -53,7 +53,7 @@ def kept_text(name: str) -> Optional[str]:
 
 def keep_text(name: str, text: str) -> None:
     """Keeps a short text beside the kernels, complete or not at all."""
-    folder = _own_folder()
+    folder = own_folder()
     if folder is None:
         return
     try:

@@ -204,10 +204,12 @@ def _name(compiler: str) -> str:
 
 
 def compile_flags() -> List[str]:
+    """Lists what the kernels are compiled with, the user's further flags last."""
     return [*FLAGS, *LINK_FLAGS, *shlex.split(os.environ.get(MORE_FLAGS, ""))]
 
 
 def find_compiler() -> Optional[str]:
+    """Finds the C compiler: the one that $CC names, else cc, gcc or clang."""
     return shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
 
 
