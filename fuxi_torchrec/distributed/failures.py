@@ -1,13 +1,16 @@
 """What goes wrong in a run of several processes: an error of one is told once and ends all; signals; lost processes.
 
 An error on one rank would leave the others waiting in a collective. `fail_together` needs no collective to prevent it:
-the rank that fails leaves its message in the process group's store, where rank 0 looks twice a second.
+the rank that fails leaves its message in the process group's store, where rank 0 looks twice a second. The store is in
+rank 0's process. A rank that is cut off from it, or whose rank 0 hangs, gets no answer from it, not even a timeout: the
+kernel would go on for a quarter of an hour. So whoever asks the store about a failure asks for a bounded time.
 """
 
 import json
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -24,8 +27,10 @@ from fuxi_torchrec.distributed.world import World
 from fuxi_torchrec.errors import LostProcess, UserError, one_line
 from fuxi_torchrec.files import JsonObject
 
-FAILED, HEARD, NOTICED = "fuxi/failed", "fuxi/heard", "fuxi/noticed"
+FAILED, HEARD, NOTICED, HOST = "fuxi/failed", "fuxi/heard", "fuxi/noticed", "fuxi/host"
 PATIENCE = 5.0  # seconds: more than rank 0 needs to look, far less than a scheduler gives after a signal
+SILENCE = 1.5 * PATIENCE  # seconds for all that is asked of the store after an error; then rank 0 counts as unreachable
+SHOWN = 8  # lost ranks that a message names
 LOST = ("gloo", "nccl", "connection", "timed out", "socket", "broken pipe")
 
 
@@ -69,13 +74,14 @@ def fail_together(world: World, on_failure: Callable[[str], None] = lambda reaso
         return
     store = own_store()
     store.set_timeout(timedelta(seconds=PATIENCE))
+    store.set(f"{HOST}/{world.rank}", socket.gethostname())
     watch = _Watch(store, on_failure) if world.is_main else None
     try:
         yield
     except Exception as error:
         if watch:
             watch.stop()
-        failure = _failure(error, store, world)
+        failure = _failure_in_time(error, store, world)
         raise failure from (None if isinstance(failure, UserError) or failure is error else error)
     finally:
         if watch:
@@ -118,6 +124,27 @@ class _Watch(threading.Thread):
             self.store.set(HEARD, "")
             time.sleep(0.5)  # or the rank that waits to be heard finds the store gone, and c10d prints its stack
             os._exit(failed["code"])  # the main thread may be waiting for the rank that failed, and never return
+
+
+def _failure_in_time(error: Exception, store: dist.Store, world: World) -> BaseException:
+    """What this rank is to raise for its error, whether the store answers or not."""
+    found: List[BaseException] = []
+    # A thread, because nothing else ends a read from a host that is silent; the process ends without waiting for it.
+    asking = threading.Thread(target=lambda: found.append(_failure(error, store, world)), daemon=True, name="failure")
+    asking.start()
+    asking.join(SILENCE)
+    return found[0] if found else _unreachable(error, world)
+
+
+def _unreachable(error: Exception, world: World) -> BaseException:
+    """The error where rank 0 is silent: nobody else may tell it, so one rank of each host does."""
+    if not isinstance(error, UserError) and not is_lost(error):
+        return error  # a defect keeps its traceback
+    if is_lost(error):
+        error = _lost_ranks(f"rank 0 at {os.environ.get('MASTER_ADDR')}", error, world)
+        local = int(os.environ.get("LOCAL_RANK") or 0)
+        error.reported = local != (1 if local == world.rank else 0)  # rank 0's own host has its next rank tell it
+    return error
 
 
 def _failure(error: Exception, store: dist.Store, world: World) -> BaseException:
@@ -174,10 +201,24 @@ def _lost(error: Exception, store: dist.Store, world: World) -> Exception:
             return failure
         time.sleep(0.1)
     noticed = set(range(world.size)) - others
-    ranks = ", ".join(map(str, sorted(others))) or "?"
-    lost = LostProcess(f"rank {ranks} died or hangs, seen by rank {world.rank} ({_first_sentence(error)})")
+    ranks = ", ".join(f"{rank} on {_host(rank, store)}" for rank in sorted(others)[:SHOWN]) or "?"
+    if len(others) > SHOWN:
+        ranks += f", … ({len(others)} in all)"
+    lost = _lost_ranks(f"rank {ranks}", error, world)
     lost.reported = world.rank != min(noticed)
     return lost
+
+
+def _lost_ranks(who: str, error: Exception, world: World) -> LostProcess:
+    return LostProcess(
+        f"{who} died, hangs or cannot be reached, seen by rank {world.rank} ({_first_sentence(error)}); look at its log, its "
+        "host and the network between"
+    )
+
+
+def _host(rank: int, store: dist.Store) -> str:
+    key = f"{HOST}/{rank}"
+    return store.get(key).decode() if store.check([key]) else "an unknown host"
 
 
 def _wait_for(store: dist.Store, key: str) -> bool:

@@ -6,6 +6,8 @@ import time
 from contextlib import suppress
 from typing import Any, BinaryIO, Callable, Dict, Optional
 
+PREFIX = "events.out.tfevents."
+
 
 class ScalarWriter:
     """Writes scalars to a new TensorBoard event file, in the caller's thread.
@@ -27,7 +29,8 @@ class ScalarWriter:
         self.file: Optional[BinaryIO] = None
         try:
             os.makedirs(folder, exist_ok=True)
-            name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
+            began = max(int(time.time()), _newest(folder) + 1)
+            name = f"{PREFIX}{began}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
             self.file = open(os.path.join(folder, name), "xb")
         except OSError as error:
             return self._give_up(error)
@@ -64,3 +67,10 @@ class ScalarWriter:
     def _give_up(self, error: OSError) -> None:
         self.close()
         self.report(f"{self.folder}: no curves from here on ({error.strerror}); metrics.jsonl has the numbers")
+
+
+def _newest(folder: str) -> int:
+    """When the newest file began, by its name. TensorBoard reads files in the order of their names, and never goes back:
+    what a host whose clock is behind writes after a restart would be read before, or not at all."""
+    parts = [name.split(".") for name in os.listdir(folder) if name.startswith(PREFIX)]
+    return max([int(part[3]) for part in parts if len(part) > 3 and part[3].isdigit()], default=0)

@@ -30,19 +30,25 @@ MAIN = "from fuxi_torchrec.cli import main\nsys.exit(main())\n"
 
 
 class Launch:
-    """torchrun (or one process) training in the background, its workers' process ids, and its end."""
+    """torchrun (or one process) training in the background, its workers' process ids, and its end.
 
-    def __init__(self, folder, data, output, *options, processes=2, restarts=0, before="", slow=0.0, config=SMOKE):
+    torchrun: more words for it; host: of tests/helpers/network.py.
+    """
+
+    def __init__(
+        self, folder, data, output, *options, processes=2, restarts=0, before="", slow=0.0, config=SMOKE, torchrun=(), host=None
+    ):
         self.output, self.script = output, folder / f"main-{time.monotonic_ns()}.py"
         self.script.write_text(SLOWLY + before + MAIN)
-        torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--max-restarts", str(restarts)]
-        words = [*torchrun, "--monitor-interval", "0.1"] if processes else []
+        agent = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--max-restarts", str(restarts)]
+        words = [*agent, "--monitor-interval", "0.1", *torchrun] if processes else []
         words += [self.script, "train", config, "--data.path", data, "--output", output, *SMALL, *options]
         environment = {**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1", "SLOW": str(slow)}
         environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+        environment.update(host.environment if host else {})
         self.errors = folder / f"{self.script.stem}.err"
         with open(self.errors, "w") as errors:
-            command = [sys.executable, *map(str, words)]
+            command = [*(host.enter if host else ()), sys.executable, *map(str, words)]
             self.process = subprocess.Popen(
                 command, stdout=subprocess.DEVNULL, stderr=errors, env=environment, cwd=ROOT, start_new_session=True
             )
@@ -73,24 +79,25 @@ class Launch:
 
 class Ranks:
     """The command line as ranks of one world without torchrun, as a cluster's scheduler starts them: nobody ends one for
-    the sake of another."""
+    the sake of another. hosts: one a rank, of tests/helpers/network.py; environments: more variables, a mapping a rank."""
 
-    def __init__(self, folder, data, output, *options, size=2, before="", slow=0.0):
+    def __init__(self, folder, data, output, *options, size=2, before="", slow=0.0, hosts=None, environments=None):
         script = folder / "main.py"
         script.write_text(SLOWLY + before + MAIN)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+        address = hosts[0].address if hosts else "127.0.0.1"
+        place = {"MASTER_ADDR": address, "MASTER_PORT": port, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
         words = [sys.executable, script, "train", SMOKE, "--data.path", data, "--output", output, *SMALL, *options]
         self.errors, self.processes = [folder / f"rank-{rank}.err" for rank in range(size)], []
         for rank, errors in enumerate(self.errors):
             more = {**place, "RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": 1, "SLOW": slow}
+            more.update(hosts[rank].environment if hosts else {}, **(environments[rank] if environments else {}))
             environment = {**os.environ, **{name: str(value) for name, value in more.items()}}
+            command = list(map(str, (*(hosts[rank].enter if hosts else ()), *words)))
             with open(errors, "w") as file:
-                process = subprocess.Popen(
-                    list(map(str, words)), stdout=subprocess.DEVNULL, stderr=file, env=environment, cwd=ROOT
-                )
+                process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=file, env=environment, cwd=ROOT)
             self.processes.append(process)
 
     def wait(self, timeout=60):

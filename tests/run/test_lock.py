@@ -151,6 +151,21 @@ def test_a_heartbeat_that_changes_keeps_the_lock_whatever_its_files_time(folder,
     assert looks_before_taking(folder, monkeypatch, meanwhile) == 200 + round(locks.MISSED * locks.PERIOD / locks.POLL)
 
 
+def test_no_wall_clock_is_asked(folder, monkeypatch):
+    """Clocks of two hosts differ: a lock that is free, held or abandoned is told without one."""
+
+    def asked():
+        raise AssertionError("a wall clock was asked")
+
+    for name in ("time", "time_ns"):
+        monkeypatch.setattr(time, name, asked)
+    with Lock(folder, "run") as first, pytest.raises(FolderInUse):
+        first.confirm()
+        Lock(folder, "run").acquire()
+    written_by(folder, **ELSEWHERE)
+    assert looks_before_taking(folder, monkeypatch) == round(locks.MISSED * locks.PERIOD / locks.POLL)
+
+
 def test_of_many_that_wait_for_an_abandoned_lock_one_gets_it(folder):
     written_by(folder, started="1")
     got, refused = [], []
