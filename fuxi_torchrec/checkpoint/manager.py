@@ -175,8 +175,8 @@ class Checkpoints:
             if is_lost(error):
                 raise
             raise UserError(
-                f"{path}: checkpoint not saved ({_reason(error)}); the ones before are untouched; once that is mended, "
-                "go on by --resume"
+                f"{path}: checkpoint not saved ({_reason(error, self.world)}); the ones before are untouched; once that is "
+                "mended, go on by --resume"
             ) from error
         self._barrier()
 
@@ -245,7 +245,7 @@ class Checkpoints:
         except FAILURES as error:
             if is_lost(error):
                 raise
-            return None, f"damaged checkpoint ({_reason(error)})"
+            return None, f"damaged checkpoint ({_reason(error, self.world)})"
         model.load_state_dict(target["model"])
         if optimizer is not None:
             optimizer.load_state_dict(target["optimizer"])
@@ -317,12 +317,17 @@ def _marker(path: str) -> Any:
     return marker, None if marker is not None else "no checkpoint here"
 
 
-def _reason(error: BaseException) -> str:
-    causes: List[BaseException] = [error]
+def _reason(error: BaseException, world: World) -> str:
+    """What went wrong, in a line; among several ranks, with those where it did."""
     failures = getattr(error, "failures", None)
-    if failures:  # CheckpointException: rank -> (exception, traceback)
-        causes = [failure[0] if isinstance(failure, tuple) else failure for failure in failures.values()]
-    cause = causes[0]
+    if not failures:
+        return _reason_of(error)
+    first = failures[min(failures)]  # CheckpointException: rank -> (exception, traceback)
+    reason = _reason_of(first[0] if isinstance(first, tuple) else first)
+    return f"rank {', '.join(map(str, sorted(failures)))}: {reason}" if world.size > 1 else reason
+
+
+def _reason_of(cause: BaseException) -> str:
     if isinstance(cause, OSError) and cause.strerror:
         return cause.strerror if cause.filename is None else f"{cause.strerror}: {cause.filename}"
     text = str(cause) or type(cause).__name__

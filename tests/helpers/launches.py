@@ -79,11 +79,17 @@ class Launch:
 
 class Ranks:
     """The command line as ranks of one world without torchrun, as a cluster's scheduler starts them: nobody ends one for
-    the sake of another. hosts: one a rank, of tests/helpers/network.py; environments: more variables, a mapping a rank."""
+    the sake of another.
 
-    def __init__(self, folder, data, output, *options, size=2, before="", slow=0.0, hosts=None, environments=None):
+    hosts: one a rank, of tests/helpers/network.py; environments: more variables, a mapping a rank; program: the whole of
+    what they run, instead of the command line.
+    """
+
+    def __init__(
+        self, folder, data, output, *options, size=2, before="", slow=0.0, hosts=None, environments=None, program=None
+    ):
         script = folder / "main.py"
-        script.write_text(SLOWLY + before + MAIN)
+        script.write_text(program or SLOWLY + before + MAIN)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
