@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fuxi_torchrec.distributed.agent import check_all_nodes_met
 from fuxi_torchrec.errors import LostProcess, UserError, one_line
 from fuxi_torchrec.versions import fbgemm_has_cuda
 
@@ -84,9 +85,11 @@ def start_world(device: str = "auto", timeout_minutes: float = 30.0) -> Iterator
 
     nccl on CUDA, gloo elsewhere. A collective that waits longer than timeout_minutes fails.
 
-    Raises UserError where CUDA is asked for and absent, LostProcess where the others do not come.
+    Raises UserError where CUDA is asked for and absent, LostProcess where the others do not come or torchrun goes on
+    without them.
     """
     use_cuda = device_type(device) == "cuda"
+    check_all_nodes_met()
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     place = torch.device("cpu")
     if use_cuda:
