@@ -79,19 +79,24 @@ def _train_together(config: "Config", output: str, resume: bool, profile: bool, 
     from fuxi_torchrec.data.splits import check_splits
     from fuxi_torchrec.distributed.failures import Interrupted, check_same_start, fail_together
     from fuxi_torchrec.distributed.world import start_world
+    from fuxi_torchrec.profiling.flight_recorder import FlightRecorder
     from fuxi_torchrec.profiling.memory import keep_freed_memory, out_of_memory_as_user_error
+    from fuxi_torchrec.profiling.memory_snapshot import MemorySnapshot
     from fuxi_torchrec.run.outcome import recorded_outcome
     from fuxi_torchrec.sharding.memory_check import check_training_memory
     from fuxi_torchrec.training.build import build_trainer
 
+    recorder = FlightRecorder(config.trainer.flight_recorder, output)
+    snapshot = MemorySnapshot(config.trainer.memory_snapshot, output)
     world_of_all = start_world(config.trainer.device, config.trainer.timeout_minutes)
     # The folder is given back last: until then its outcome is this run's.
     with (
         ExitStack() as owned,
         recorded_outcome() as outcome,
         world_of_all as world,
+        recorder.written_when_lost(world),
         fail_together(world, outcome.fail),
-        out_of_memory_as_user_error("training", LESS_MEMORY),
+        out_of_memory_as_user_error("training", LESS_MEMORY, lambda: snapshot.path),
     ):
         if world.device.type == "cpu":
             keep_freed_memory()
@@ -104,6 +109,8 @@ def _train_together(config: "Config", output: str, resume: bool, profile: bool, 
         run, resume = _start_run(output, config, dataset, resume, world, owned)
         if world.is_main:
             outcome.begin(run)
+        for tool in (recorder, snapshot):
+            tool.begin(world)
         training = build_trainer(config, dataset, run, world, resume, profile)
         try:
             results = training.fit()

@@ -252,7 +252,13 @@ class TrainerConfig:
     async_checkpoint: Optional[bool] = None
     """Whether checkpoints are written in the background, from a copy in CPU memory. null: only when training on a GPU."""
     timeout_minutes: float = within(30.0, Range(at_least=1e-3, at_most=60 * 24 * 365))
-    """Longest time that processes wait for another one, before they take it for lost and end the run."""
+    """Longest time that processes wait for another one, before they take it for lost and end the run. 0.5 is 30 seconds."""
+    flight_recorder: bool = False
+    """Whether every rank that ends because another one was lost writes its last collectives to RUN/flight_recorder/; see
+    docs/launch.md."""
+    memory_snapshot: bool = False
+    """Whether each rank writes what holds its GPU's memory to RUN/memory/ when an allocation fails; see docs/launch.md. It
+    records every allocation with its stack, which takes host memory and some time."""
     train_pipeline: Optional[Literal["base", "sparse_dist"]] = None
     """sparse_dist: ranks exchange the item ids of the next batch while they compute this one. base: one after the other.
     null: sparse_dist on a GPU, else base."""

@@ -88,6 +88,8 @@ RULES: Dict[str, Rule] = {
         "only schedule=cosine goes down to it",
     ),
     "trainer.timeout_minutes": (lambda config, run: run.processes > 1, "no other process is waited for"),
+    "trainer.flight_recorder": (lambda config, run: run.processes > 1, "there is one process, and no collective to wait for"),
+    "trainer.memory_snapshot": (lambda config, run: run.device_type == "cuda", "only a GPU's memory has snapshots"),
     "trainer.metric": (lambda config, run: _evaluates(config), "the last model is kept, without an evaluation before"),
     "trainer.patience": (lambda config, run: _evaluates(config), "there are no evaluations during training"),
 }

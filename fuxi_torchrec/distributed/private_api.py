@@ -5,11 +5,12 @@ Where a class of theirs is extended, the methods that are overridden stay with t
 checkpoint/storage.py.
 """
 
-from typing import Any
+from typing import Any, Callable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import _dump_fr_trace  # type: ignore[attr-defined]  # torch's stubs lack it
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed._shard.sharded_tensor import ShardedTensor
@@ -20,11 +21,15 @@ __all__ = [
     "ShardedTensor",
     "apply_optimizer_in_backward",
     "best_plan",
+    "dump_memory_snapshot",
+    "flight_recorder_trace",
     "is_profiling",
     "is_trained_in_backward",
     "narrow_tensor_by_index",
     "offset_in_checkpoint",
+    "on_out_of_memory",
     "own_store",
+    "record_memory_history",
 ]
 
 
@@ -53,3 +58,23 @@ def is_profiling() -> bool:
 def best_plan(planner: Any) -> list:
     """Returns the sharding options that an EmbeddingShardingPlanner has chosen; empty for a model without tables."""
     return planner._best_plan or []
+
+
+def flight_recorder_trace() -> bytes:
+    """Returns the last collectives of this rank's gloo groups, and the state of each, as a pickle of plain values."""
+    return _dump_fr_trace()
+
+
+def record_memory_history(entries: int) -> None:
+    """Keeps the newest `entries` allocations and frees on this process's GPU, with their stacks."""
+    torch.cuda.memory._record_memory_history(max_entries=entries)
+
+
+def on_out_of_memory(observer: Callable[[int, int, int, int], None]) -> None:
+    """Has a GPU's allocator call observer(device, bytes asked for, bytes there are, bytes free) before it raises."""
+    torch._C._cuda_attach_out_of_memory_observer(observer)  # type: ignore[attr-defined]  # CUDA builds have it
+
+
+def dump_memory_snapshot(path: str) -> None:
+    """Writes what holds the GPU's memory, and the history that is kept, as a pickle of plain values."""
+    torch.cuda.memory._dump_snapshot(path)

@@ -4,7 +4,7 @@ import ctypes
 import gc
 import sys
 from contextlib import contextmanager
-from typing import Iterable, Iterator, Optional
+from typing import Callable, Iterable, Iterator, Optional
 
 import torch
 
@@ -74,14 +74,19 @@ def available(device: torch.device) -> Optional[int]:
 
 
 @contextmanager
-def out_of_memory_as_user_error(what: str, advice: str) -> Iterator[None]:
-    """Raises UserError for an allocation that fails inside: `what`: out of memory; `advice`."""
+def out_of_memory_as_user_error(
+    what: str, advice: str, snapshot: Callable[[], Optional[str]] = lambda: None
+) -> Iterator[None]:
+    """Raises UserError for an allocation that fails inside: `what`: out of memory; `advice`; and the snapshot's path, where
+    one was written."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError, as a CPU's is
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
             raise
-        raise UserError(f"{what}: out of memory; {advice}") from None
+        path = snapshot()
+        held = "" if path is None else f"; what held it: {path} (https://pytorch.org/memory_viz opens it)"
+        raise UserError(f"{what}: out of memory; {advice}{held}") from None
 
 
 def _status(field: str) -> int:

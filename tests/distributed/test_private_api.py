@@ -1,6 +1,8 @@
 """The private names of torch and TorchRec still mean what the library takes them for; one test a name."""
 
+import inspect
 import io
+import pickle
 import re
 from pathlib import Path
 
@@ -37,6 +39,25 @@ def table():
 def test_an_own_connection_reaches_the_process_groups_store(world):
     private_api.own_store().set("key", "value")
     assert private_api.own_store().get("key") == b"value" and isinstance(private_api.own_store(), dist.Store)
+
+
+def test_the_flight_recorder_holds_gloos_collectives(world):
+    dist.all_reduce(torch.ones(3))
+    recorded = pickle.loads(private_api.flight_recorder_trace())
+    assert "gloo:all_reduce" in [entry["profiling_name"] for entry in recorded["entries"]]
+
+
+def test_the_names_of_the_memory_snapshot_are_those_of_this_torch():
+    """What they do needs a GPU, and the allocator's own is not even in a CPU build; torch.compile's list names it."""
+    from torch._dynamo import trace_rules
+
+    assert "torch._C._cuda_attach_out_of_memory_observer" in Path(trace_rules.__file__).read_text()
+    assert {"max_entries"} <= set(inspect.signature(torch.cuda.memory._record_memory_history).parameters)
+    assert {"filename"} <= set(inspect.signature(torch.cuda.memory._dump_snapshot).parameters)
+    # What is called in one of them is called with these names (a CPU build fails beyond them).
+    for call in (private_api.record_memory_history, private_api.on_out_of_memory):
+        with pytest.raises((RuntimeError, AttributeError, AssertionError)):
+            call(1)
 
 
 def test_a_fake_tensor_knows_where_its_bytes_are_in_the_file():
