@@ -2,8 +2,6 @@
 
 import os
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -120,11 +118,3 @@ def test_an_option_that_does_nothing_here_is_named(key, used):
     setattr(config.trainer, key, True)
     assert unused_keys(config, used) == []
     assert [text.split(" ")[0] for text in unused_keys(config, Resolved(False, "cpu", 1))] == [f"trainer.{key}"]
-
-
-@pytest.mark.thorough
-def test_torchs_own_analyser_reads_the_files(tmp_path):
-    """python -m torch.distributed.flight_recorder.fr_trace, as docs/launch.md shows it."""
-    module = "torch.distributed.flight_recorder.fr_trace"
-    done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0 and "--prefix" in done.stdout
