@@ -63,6 +63,18 @@ def with_absolute_paths(overrides: List[str], loaded: Config, place: "Place") ->
     return overrides
 
 
+def widths(loaded: Config, place: "Place") -> None:
+    """Checks that an elastic run can go on with any number of nodes. Raises UserError where its optimizer's state would not
+    fit another."""
+    table = loaded.table
+    cut = table.sharding == "column_wise" and table.optimizer in (None, "rowwise_adagrad")
+    if place.nodes.is_elastic and cut:
+        raise UserError(
+            f"--nnodes: {place.nodes}: rowwise_adagrad keeps a number for each part of a row, and column_wise cuts rows into "
+            "other parts on other nodes; take -- --table.sharding row_wise, --table.optimizer adagrad, or one number of nodes"
+        )
+
+
 def config_path(section: str, name: str, loaded: Config, place: "Place") -> str:
     """Returns the full path of one of the config's keys. Raises UserError as `source` and `output` do."""
     find = source if section == "data" else output
@@ -89,6 +101,8 @@ def evaluation(run: str, options: List[str], place: "Place", later: bool = False
     from fuxi_torchrec.cli.evaluate import check_split, parse
     from fuxi_torchrec.run.folder import RunFolder
 
+    if place.nodes.is_elastic:
+        raise UserError(f"--nnodes: {place.nodes}: an evaluation does not go on with other nodes; give one number")
     given = parse([run, *options])
     run = source("--run", run, place)
     options = with_values(options, ("--data.path",), partial(source, place=place))

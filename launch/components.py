@@ -30,7 +30,7 @@ def train(
     config: str,
     output: Optional[str] = None,
     resume: bool = False,
-    nnodes: int = 1,
+    nnodes: str = "1",
     nproc_per_node: int = 0,
     h: Optional[str] = None,
     cpu: int = 0,
@@ -53,7 +53,7 @@ def train(
         output: run folder, on storage that all nodes see; it is fixed at submission, so that a restarted or requeued job
             finds its checkpoints (default: runs/CONFIG-DATE-TIME)
         resume: True goes on with a run that is already at --output, which is refused otherwise
-        nnodes: nodes, all of which the job waits for
+        nnodes: nodes, all of which the job waits for; or MIN:MAX: it trains on as many as there are, at least MIN
         nproc_per_node: processes a node; 0: as many as GPUs, or one without GPUs
         h: what a node has, by name: h100x8, a100x8, cpu, or a named resource of TorchX's
         cpu: CPU cores a node, shared out among its processes' threads; 0: as h says, or one a process
@@ -80,7 +80,7 @@ def train(
 def evaluate(
     *options: str,
     run: str,
-    nnodes: int = 1,
+    nnodes: str = "1",
     nproc_per_node: int = 0,
     h: Optional[str] = None,
     cpu: int = 0,

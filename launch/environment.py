@@ -12,11 +12,15 @@ from torchx.specs import macros
 
 from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.run.lock import GRACE
+from launch.hosts import Nodes
 
 # How long the nodes of a job wait for each other, at first and after a restart (a node may still be pulling its image).
 JOIN_SECONDS = 900
 # How long an agent waits for the store on the first node to answer.
 STORE_SECONDS = 600
+# How long the nodes of an elastic job wait for more, once the least are there. About what a start of the workers takes: a
+# node that comes later has them all save and start again.
+LAST_CALL_SECONDS = 30
 # From SIGTERM until torchrun kills its workers, who finish their step and save meanwhile. A scheduler's own patience has
 # to be longer: Kubernetes is told (GRACE_SECONDS), Slurm's KillWait is the administrator's and 30 s unless changed.
 GRACE_SECONDS = int(GRACE)
@@ -58,7 +62,7 @@ def exports(given: Optional[Dict[str, str]]) -> str:
     return f"export {quoted(words)}; " if words else ""
 
 
-def torchrun(nodes: int, processes: int, restarts: int, port: int, python: str, module: List[str]) -> str:
+def torchrun(nodes: Nodes, processes: int, restarts: int, port: int, python: str, module: List[str]) -> str:
     """Writes the bash command that runs a Python module on every process of a node.
 
     The agents meet at the first node (c10d); a single node chooses a free port itself. Which node holds the store is said
@@ -70,7 +74,9 @@ def torchrun(nodes: int, processes: int, restarts: int, port: int, python: str, 
     # Every process's output, marked with its rank, goes to the job's own.
     words += ["--tee", "3", "--role", "", "--rdzv-backend", "c10d"]
     timeouts = f"join_timeout={JOIN_SECONDS},read_timeout={STORE_SECONDS}"
-    if nodes == 1:
+    if nodes.is_elastic:
+        timeouts += f",last_call_timeout={LAST_CALL_SECONDS}"
+    if nodes.most == 1:
         meeting = f"--rdzv-endpoint localhost:0 --rdzv-id {macros.app_id} --rdzv-conf {timeouts}"
     else:
         first = f"$$(({macros.replica_id} == 0))"

@@ -1,6 +1,7 @@
-"""What a node has: named hosts, and the numbers that a component's arguments put in their place."""
+"""What a node has: named hosts, and the numbers that a component's arguments put in their place; and how many there are."""
 
-from typing import Dict, Optional
+import re
+from typing import Dict, NamedTuple, Optional, Union
 
 from torchx import specs
 from torchx.specs import Resource
@@ -53,3 +54,31 @@ def _host(name: str) -> Resource:
     except KeyError:
         known = ", ".join(HOSTS)
         raise UserError(f"-h {name}: no such host; known are {known} and TorchX's named resources") from None
+
+
+class Nodes(NamedTuple):
+    """How many nodes a job runs on: from `least` to `most` of them, as they come and go."""
+
+    least: int
+    most: int
+
+    @classmethod
+    def of(cls, given: Union[int, str]) -> "Nodes":
+        """Reads --nnodes: a number, or torchrun's MIN:MAX. Raises UserError."""
+        match = re.fullmatch(r"(\d+)(?::(\d+))?", str(given))
+        if match is None:
+            raise UserError(f"--nnodes: {given} is no number of nodes; write 4, or MIN:MAX as in 2:4")
+        nodes = cls(int(match[1]), int(match[2] or match[1]))
+        if nodes.least < 1:
+            raise UserError(f"--nnodes: {given} is too small; it must be at least 1")
+        if nodes.most < nodes.least:
+            raise UserError(f"--nnodes: {given}: the least comes first; write {nodes.most}:{nodes.least}")
+        return nodes
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the job goes on with another number of nodes when one is lost or comes back."""
+        return self.least < self.most
+
+    def __str__(self) -> str:
+        return f"{self.least}:{self.most}" if self.is_elastic else str(self.most)

@@ -24,6 +24,7 @@ def train(
     job, after a restart or a requeue too, is told to go on from what it finds there. later: another job makes its data set
     first."""
     loaded = checks.config(config, overrides, place, later)
+    checks.widths(loaded, place)
     output = checks.run_folder(config, output, resume, place)
     overrides = checks.with_absolute_paths(overrides, loaded, place)
     arguments = ["train", config, "--output", output, "--resume", *overrides]
@@ -60,7 +61,7 @@ def application(path: str, role: Role) -> AppDef:
 def _torchrun(place: Place, arguments: List[str]) -> str:
     python = interpreter(place.image)
     module = ["fuxi_torchrec", *arguments]
-    return torchrun(place.nnodes, place.processes, place.max_restarts, place.rdzv_port, python, module)
+    return torchrun(place.nodes, place.processes, place.max_restarts, place.rdzv_port, python, module)
 
 
 def _name(path: str) -> str:

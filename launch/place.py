@@ -2,13 +2,13 @@
 
 import os
 from dataclasses import dataclass
-from typing import Dict, List, Optional
+from typing import Dict, List, Optional, Union
 
-from torchx.specs import Role
+from torchx.specs import RetryPolicy, Role
 
 from fuxi_torchrec.errors import UserError
 from launch.environment import environment, exports
-from launch.hosts import resource
+from launch.hosts import Nodes, resource
 from launch.images import check_image
 from launch.kubernetes.overlay import lay_over, read_overlay
 from launch.mounts import folders, read_mounts
@@ -18,7 +18,7 @@ from launch.mounts import folders, read_mounts
 class Place:
     """Where a job runs and on how much; components.train documents the fields."""
 
-    nnodes: int = 1
+    nnodes: Union[int, str] = 1
     nproc_per_node: int = 0
     h: Optional[str] = None
     cpu: int = 0
@@ -34,7 +34,8 @@ class Place:
     rdzv_port: int = 29500
 
     def __post_init__(self) -> None:
-        for key, least in (("nnodes", 1), ("nproc_per_node", 0), ("max_restarts", 0), ("max_retries", 0)):
+        self.nodes = Nodes.of(self.nnodes)
+        for key, least in (("nproc_per_node", 0), ("max_restarts", 0), ("max_retries", 0)):
             if getattr(self, key) < least:
                 raise UserError(f"--{key}: {getattr(self, key)} is too small; it must be at least {least}")
         if not 0 < self.rdzv_port < 65536:
@@ -51,8 +52,8 @@ class Place:
 
     @property
     def size(self) -> int:
-        """Processes of the job."""
-        return self.nnodes * self.processes
+        """Processes of the job, at most."""
+        return self.nodes.most * self.processes
 
     def role(self, name: str, command: str) -> Role:
         """Makes TorchX's role of this name: the bash command, the environment and the resources of each node."""
@@ -64,10 +65,13 @@ class Place:
             entrypoint="bash",
             args=["-c", exports(self.env) + command],
             env=environment(cores, self.processes, self.env),
-            num_replicas=self.nnodes,
+            num_replicas=self.nodes.most,
+            min_replicas=self.nodes.least if self.nodes.is_elastic else None,
             max_retries=self.max_retries,
+            # The others of an elastic job train on while a lost node's is started again.
+            retry_policy=RetryPolicy.REPLICA if self.nodes.is_elastic else RetryPolicy.APPLICATION,
             resource=self.resource,
-            port_map={"c10d": self.rdzv_port} if self.nnodes > 1 else {},
+            port_map={"c10d": self.rdzv_port} if self.nodes.most > 1 else {},
             mounts=read_mounts(self.mounts),
         )
         lay_over(role, self.overlay)

@@ -90,6 +90,13 @@ MISTAKES = {
     "a run folder lost with its container": ((*SMOKE, "--image", "i", "--output", "/tmp/run", *MOUNTED), "would be lost"),
     "no run folder in an image": ((*SMOKE, "--image", "i", *MOUNTED), "--output: name a full path inside the image"),
     "no node": ((*SMOKE, "--nnodes", "0", *DATA), "--nnodes"),
+    "no number of nodes": ((*SMOKE, "--nnodes", "two", *DATA), "write 4, or MIN:MAX"),
+    "the most nodes first": ((*SMOKE, "--nnodes", "2:1", *DATA), "write 1:2"),
+    "as few as no node": ((*SMOKE, "--nnodes", "0:2", *DATA), "at least 1"),
+    "too many processes at the most": ((*SMOKE, "--nnodes", "1:100000", *DATA), "too few for 100000 processes"),
+    "a state that fits one number of nodes": (
+        (*SMOKE, "--nnodes", "1:2", *DATA, "--table.sharding", "column_wise"), "rowwise_adagrad keeps a number",
+    ),
     "no port": ((*SMOKE, "--rdzv_port", "99999", *DATA), "--rdzv_port"),
     "devices that are not counted": ((*SMOKE, "--devices", "rdma/ib=all", *DATA), "--devices"),
 }
@@ -121,6 +128,7 @@ def test_a_mistake_in_the_schedulers_options_too(here, capsys, monkeypatch, word
 def test_other_components_tell_their_mistakes_alike(here, capsys):
     for words, says in (
         (("evaluate", "--run", "none"), "no run here"),
+        (("evaluate", "--run", "none", "--nnodes", "1:2"), "an evaluation does not go on with other nodes"),
         (("prepare", "parquet"), "name a pipeline first"),
         (("prepare", "synthetic", "--output", "x"), "required: --users"),
         (("sweep", "--config", "none.yaml"), "no such sweep"),
