@@ -15,7 +15,7 @@ PACKAGES=(slurmctld slurmd slurmdbd slurm-client slurm-wlm-basic-plugins slurm-w
     mariadb-server-core mariadb-client-core patchelf)
 PROGRAMS=(munged mariadbd slurmdbd slurmctld slurmd slurmstepd mariadb
     sbatch srun squeue scancel scontrol sinfo sacct sacctmgr)
-NODES="127.0.0.1 n1 n2 # two-node test Slurm"
+NODES="127.0.0.1 n1 n2 # two-node test Slurm of" # a line for each, so that none takes another's away
 
 cannot() {
     echo "$*" >&2
@@ -71,7 +71,7 @@ up() {
     export PATH=$software/bin:$PATH SLURM_CONF=$state/slurm.conf MYSQL_UNIX_PORT=$state/mysql/socket
     mkdir -p "$state"/{run,log,spool/n1,spool/n2,state,mysql}
     chmod 755 "$state" "$state/run"
-    grep -qxF "$NODES" /etc/hosts || echo "$NODES" >>/etc/hosts
+    echo "$NODES $state" >>/etc/hosts
     (umask 077 && head -c 128 /dev/urandom >"$state/munge.key")
     munged --force --socket="$state/run/munge.socket" --key-file="$state/munge.key" --pid-file="$state/run/munged.pid" \
         --log-file="$state/log/munged.log" --seed-file="$state/run/munged.seed"
@@ -201,7 +201,7 @@ down() {
             kill -9 "$(basename "$(dirname "$file")")" 2>/dev/null || true
         fi
     done
-    grep -vxF "$NODES" /etc/hosts >"$state/hosts" || true
+    grep -vxF "$NODES $state" /etc/hosts >"$state/hosts" || true
     cat "$state/hosts" >/etc/hosts # in place: it may be a mount
 }
 
