@@ -76,7 +76,7 @@ arm: $(INSTALLED)  ## the C kernels compiled for aarch64 and run by an emulator 
 	timeout 120 $(BIN)/python -m pytest -q -rs -m arm tests/ops $(PYTEST_ARGS)
 
 slurm: $(INSTALLED)  ## tests on a real Slurm of two nodes, brought up here (needs root and apt, else skipped)
-	timeout --signal=INT --kill-after=60 600 \
+	timeout --signal=INT --kill-after=60 1200 \
 		$(BIN)/python -m pytest -q -rs -m slurm --durations=10 tests/launch $(PYTEST_ARGS)
 
 # `version`: docker's fails where its daemon does not answer.

@@ -34,8 +34,11 @@ setup(
             "list = launch.torchx_run:Listing",
             *(f"{name.lower()} = launch.torchx_run:{name}" for name in ("Status", "Cancel", "Delete", "Log")),
         ],
-        # In the place of TorchX's own of that name.
-        "torchx.schedulers": ["kubernetes = launch.kubernetes.scheduler:create_scheduler"],
+        # In the place of TorchX's own of those names.
+        "torchx.schedulers": [
+            "kubernetes = launch.kubernetes.scheduler:create_scheduler",
+            "slurm = launch.slurm:create_scheduler",
+        ],
     },
     # No torch, torchrec or fbgemm here: a CPU and a GPU need different builds, and the CPU's cannot be written as a
     # requirement (see requirements/cpu.txt). fuxi_torchrec.versions checks at start-up what is installed.

@@ -16,16 +16,22 @@ CANNOT = 3  # exit code of the script where the machine is not one for it
 
 
 class Slurm:
-    """Up until `down`; jobs are submitted from `folder`, where their output is."""
+    """Up until `down`; jobs are submitted from `folder`, where their output is. $SLURM_SOFTWARE: where it is unpacked, or is
+    to be; the environment's own folder, unless named."""
 
     def __init__(self, folder):
         self.folder, self.state = folder, folder / "slurm"
-        software = Path(sys.prefix) / "slurm"
+        # As an installed package registers it; the environment that tests run in may be older.
+        plugin = folder / "plugin" / "fuxi_schedulers-0.dist-info"
+        plugin.mkdir(parents=True)
+        (plugin / "METADATA").write_text("Metadata-Version: 2.1\nName: fuxi-schedulers\nVersion: 0\n")
+        (plugin / "entry_points.txt").write_text("[torchx.schedulers]\nslurm = launch.slurm:create_scheduler\n")
+        self.software = software = Path(os.environ.get("SLURM_SOFTWARE") or Path(sys.prefix) / "slurm")
         self._script("install", software)
         self._script("up", software, self.state)
         path = f"{software / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
         self.environment = {**os.environ, "PATH": path, "SLURM_CONF": str(self.state / "slurm.conf")}
-        self.environment["PYTHONPATH"] = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
+        self.environment["PYTHONPATH"] = f"{ROOT}:{plugin.parent}:{os.environ.get('PYTHONPATH', '')}"
 
     def _script(self, *words):
         port = 20000 + os.getpid() % 1000 * 10
@@ -75,7 +81,8 @@ class Slurm:
                 continue
             ours = values.get("SLURM_CONF") == self.environment["SLURM_CONF"] and "SLURM_STEP_ID" in values
             # The parts of a job of several nodes are numbered on from its own number.
-            if ours and int(values["SLURM_JOB_ID"]) in (job, job + 1) and node in (None, values["SLURMD_NODENAME"]):
+            jobs = (int(values["SLURM_JOB_ID"]), int(values.get("SLURM_ARRAY_JOB_ID", 0))) if ours else ()
+            if {job, job + 1} & set(jobs) and node in (None, values["SLURMD_NODENAME"]):
                 found[int(folder.name)] = values
         return found
 
@@ -89,6 +96,29 @@ class Slurm:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 pass
+
+    def lose(self, node):
+        """kill -9 of all that runs on a node: its daemon, what watches over jobs there, and the jobs."""
+        mine, found = f"SLURM_CONF={self.environment['SLURM_CONF']}", [int(self._daemon(node).read_text())]
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                values = (folder / "environ").read_text().split("\0")
+                parent = Path("/proc") / (folder / "stat").read_text().rpartition(")")[2].split()[1]
+                if mine in values and f"SLURMD_NODENAME={node}" in values:
+                    watched = (parent / "comm").read_text().startswith("slurmstepd")
+                    found[1:1] = [int(parent.name)] if watched else []
+                    found.append(int(folder.name))
+            except (OSError, UnicodeDecodeError):
+                continue
+        self.kill(found)
+
+    def bring_back(self, node):
+        """Starts a lost node's daemon."""
+        self._daemon(node).unlink()
+        self.run("slurmd", "-N", node, "-d", self.software / "bin" / "slurmstepd")
+
+    def _daemon(self, node):
+        return self.state / "run" / f"slurmd.{node}.pid"
 
     def said(self):
         """All that jobs and daemons printed, for a failed test."""
