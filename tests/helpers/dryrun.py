@@ -12,11 +12,11 @@ import pytest
 from torchx.cli.main import main
 
 ROOT = Path(__file__).parents[2]
-DOCS = "\n".join((ROOT / "docs" / name).read_text() for name in ("launch.md", "kubernetes.md"))
+DOCS = "\n".join((ROOT / "docs" / name).read_text() for name in ("launch.md", "kubernetes.md", "elastic.md"))
 
 
 def documented(scheduler):
-    """The commands of docs/launch.md and docs/kubernetes.md that submit to a scheduler."""
+    """The commands of the pages about launching that submit to a scheduler."""
     lines = [line.strip() for line in DOCS.splitlines() if line.startswith("torchx run ") and "[" not in line]
     return [line for line in lines if (f"-s {scheduler}" in line if scheduler else " -s " not in line)]
 

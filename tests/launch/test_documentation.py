@@ -22,9 +22,10 @@ def test_the_request_that_is_shown_is_the_one_that_is_submitted(here, capsys, mo
 @pytest.mark.parametrize("scheduler", ["slurm", "kubernetes", None])
 def test_every_command_submits(here, capsys, scheduler):
     commands = documented(scheduler)
-    assert len(commands) == 2
+    assert len(commands) == (4 if scheduler == "slurm" else 2)
     for command in commands:
         answer, _ = dryrun(command, capsys)
         (role,) = answer["app"]["roles"]
-        assert f"--nnodes {role['num_replicas']} " in role["args"][1] and " --resume " in role["args"][1]
+        least = f"{role['min_replicas']}:" if role["min_replicas"] else ""
+        assert f"--nnodes {least}{role['num_replicas']} " in role["args"][1] and " --resume " in role["args"][1]
     assert not (here / "runs").exists()

@@ -1,6 +1,8 @@
 """Jobs on a real Slurm of two nodes: trained alike, healed, cancelled, resumed. `make slurm`."""
 
 import json
+import re
+import sys
 
 import pytest
 
@@ -77,6 +79,30 @@ def test_two_nodes_train_as_four_processes_of_one_machine_do(slurm, small_datase
     assert lines(run) == lines(undisturbed)
     assert len(lines(run)[0]) > 50 and len(lines(run)[1]) == 1
     assert "step 1 " in slurm.torchx("log", f"{handle}/train")  # of all nodes: which of them has rank 0 is torchrun's choice
+
+
+def test_the_script_for_sbatch_in_the_documentation_trains_alike(slurm, small_dataset, undisturbed):
+    run, text = slurm.folder / "sbatch", (ROOT / "docs" / "launch.md").read_text()
+    script = re.search(r"```\n(#!/bin/bash\n#SBATCH.*?)```", text, re.DOTALL)[1]
+    options = f'"--data.path {small_dataset} {" ".join((*SMALL, *OFTEN))}"'
+    for name, value in (("python", sys.executable), ("config", CONFIG), ("output", run), ("options", options)):
+        script, count = re.subn(rf"^{name}=.*$", f"{name}={value}", script, flags=re.MULTILINE)
+        assert count == 1
+    (slurm.folder / "train.sbatch").write_text(re.sub("^processes=8", "processes=2", script, flags=re.MULTILINE))
+    job = slurm.run("sbatch", "--parsable", "--partition=main", "--cpus-per-task=2", "--mem=1000", "train.sbatch").strip()
+    slurm.wait(job)
+    assert slurm.run("sacct", "-nXo", "State", "--jobs", job).split() == ["COMPLETED"], slurm.said()
+    assert lines(run) == lines(undisturbed)
+
+
+def test_the_smallest_job_ends_well(slurm, small_dataset):
+    """One node, and one of the GPUs that it pretends to have."""
+    run, small = slurm.folder / "first", dict(zip(SMALL[::2], SMALL[1::2]))
+    keys = {**small, "--trainer.max_epochs": "1"}
+    words = ("--config", CONFIG, "--gpu", "1", "--cpu", "8", "--output", run, "--", "--data.path", small_dataset)
+    handle = slurm.torchx("run", "-s", "slurm", TRAIN, *words, *(word for pair in keys.items() for word in pair)).split()[-1]
+    assert slurm.wait(handle) == "SUCCEEDED", slurm.said()
+    assert len(lines(run)[1]) == 1
 
 
 def test_a_job_outlives_its_workers_its_node_and_its_cancellation(slurm, small_dataset, undisturbed):
