@@ -63,7 +63,7 @@ class Slurm:
         states = [line.split()[1] for line in done.stdout.splitlines() if line.strip().startswith("State:")]
         return states[0] if states else f"no state: {done.stdout}{done.stderr}"
 
-    def wait(self, handle, timeout=180):
+    def wait(self, handle, timeout=400):
         """The state in which a job ended."""
         job, end = handle.rpartition("/")[2], time.monotonic() + timeout
         while self.run("squeue", "--noheader", "--jobs", job, check=False).stdout.strip():

@@ -1,7 +1,6 @@
 """`--nnodes 1:2`: a node of two is lost and comes back, and the training goes on by itself with those that are there."""
 
 import json
-import socket
 import time
 
 import pytest
@@ -9,7 +8,7 @@ import pytest
 from fuxi_torchrec.config import DataConfig
 from fuxi_torchrec.data.dataset import SequenceDataset
 from fuxi_torchrec.data.splits import windows
-from tests.helpers.elastic import Job, users_by_epoch
+from tests.helpers.elastic import Job, free_port, users_by_epoch
 
 EPOCHS = 4
 # 38 steps an epoch on two processes, 75 on one; users in buffers of a rank's own.
@@ -34,12 +33,6 @@ def trained(job, size, count):
     """Whether the last start of the workers has this size, and has made that many steps."""
     found = job.stretches()
     return bool(found) and found[-1].size == size and len(found[-1].steps) >= count
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 # As it is submitted it waits for a silent node and for more nodes as long as docs/elastic.md says.

@@ -1,10 +1,10 @@
 """`--nnodes 1:2` on a real Slurm of two nodes: a node dies, the job goes on without it, and Slurm has it join again."""
 
 import json
-import socket
 
 import pytest
 
+from tests.helpers.elastic import free_port
 from tests.helpers.slurm import ROOT, Slurm, until
 
 pytestmark = pytest.mark.slurm
@@ -27,10 +27,8 @@ def slurm(tmp_path_factory):
 
 
 def submit(slurm, data, run, epochs, *options):
-    with socket.socket() as free:  # both nodes are this machine
-        free.bind(("", 0))
-        options += ("--rdzv_port", free.getsockname()[1])
-    words = ("--config", CONFIG, *NODES, "--output", run, *options, "--", "--data.path", data, *SMALL)
+    place = (*NODES, "--rdzv_port", free_port())  # both nodes are this machine
+    words = ("--config", CONFIG, *place, "--output", run, *options, "--", "--data.path", data, *SMALL)
     words += ("--trainer.max_epochs", str(epochs))
     return slurm.torchx("run", "-s", "slurm", f"{ROOT}/launch/components.py:train", *words).split()[-1]
 
