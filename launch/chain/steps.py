@@ -97,6 +97,8 @@ class Train(Step):
     def app(self) -> AppDef:
         """Makes the job."""
         given = self.options
+        if self.place.nodes.is_elastic:  # on Slurm an array, some of whose elements may be cancelled when all is well
+            raise UserError(f"train: --nnodes {self.place.nodes}: a chain's next step waits for a fixed number; give one")
         return jobs.train(given["config"], self.words, given["output"], True, self.place, later="prepare" in self.after)
 
 

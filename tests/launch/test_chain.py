@@ -242,6 +242,7 @@ MISTAKES = {
     "a data set that nobody makes": ((f"--train=--config {CONFIG} -- --data.path none",), "no data set here"),
     "a run that is not there": (("--evaluate=--run none",), "no run here"),
     "several nodes": (({}, "--nnodes", "2"), "train: --nnodes 2: this machine is one node"),
+    "nodes that come and go": (({}, "--nnodes", "1:2"), "train: --nnodes 1:2: a chain's next step"),
     "an option that no step has": (({}, "--nodes", "2"), "--nodes: no option that steps share"),
     "a word that is no option": (({}, "nnodes"), "nnodes: an option of every step is --name value"),
     "an image": (({}, "--image", "i:1"), "prepare: --image"),
