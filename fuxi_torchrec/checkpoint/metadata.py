@@ -9,7 +9,9 @@ import pickle
 from typing import Any, Union
 
 import torch
-from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
+from torch.distributed.checkpoint.metadata import Metadata
+
+from fuxi_torchrec.distributed.private_api import MemoryFormatEncoding
 
 KNOWN = {
     "torch": ("Size",),  # and every torch.dtype
@@ -45,9 +47,9 @@ class _MetadataUnpickler(pickle.Unpickler):
 def _memory_format(owner: Any, name: str) -> Any:
     """What some releases of Python 3.11 (Debian 12 has one, 3.11.2) write for a member of an enumeration: getattr of its class
     and its name."""
-    if owner is not _MEM_FORMAT_ENCODING or name not in _MEM_FORMAT_ENCODING.__members__:
+    if owner is not MemoryFormatEncoding or name not in MemoryFormatEncoding.__members__:
         raise UnknownClass(f"getattr of {name!r} is no part of a checkpoint, and was not run")
-    return _MEM_FORMAT_ENCODING[name]
+    return MemoryFormatEncoding[name]
 
 
 def read_metadata(data: Union[bytes, memoryview]) -> Metadata:

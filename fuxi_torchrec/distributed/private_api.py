@@ -14,10 +14,12 @@ from torch._C._distributed_c10d import _dump_fr_trace  # type: ignore[attr-defin
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING as MemoryFormatEncoding
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 
 __all__ = [
     "FakeTensorMode",
+    "MemoryFormatEncoding",
     "ShardedTensor",
     "apply_optimizer_in_backward",
     "best_plan",

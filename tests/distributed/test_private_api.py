@@ -47,6 +47,12 @@ def test_the_flight_recorder_holds_gloos_collectives(world):
     assert "gloo:all_reduce" in [entry["profiling_name"] for entry in recorded["entries"]]
 
 
+def test_a_checkpoints_memory_format_is_a_member_of_an_enumeration():
+    assert {"TORCH_CONTIGUOUS_FORMAT", "TORCH_CHANNELS_LAST", "TORCH_PRESERVE_FORMAT"} == set(
+        private_api.MemoryFormatEncoding.__members__
+    )
+
+
 def test_the_names_of_the_memory_snapshot_are_those_of_this_torch():
     """What they do needs a GPU, and the allocator's own is not even in a CPU build; torch.compile's list names it."""
     from torch._dynamo import trace_rules

@@ -149,7 +149,8 @@ def finished(folder, words=""):
     from fuxi_torchrec.config.parsing import load_config, to_yaml
     from tests.helpers.chains import TINY
 
-    (run / "config.yaml").write_text(to_yaml(load_config(CONFIG, [*TINY.split(), *words.split()])))
+    config = load_config(CONFIG, [*TINY.split(), *words.split(), "--data.path", str(folder / "data/made")])
+    (run / "config.yaml").write_text(to_yaml(config))
     (run / "outcome.json").write_text('{"status": "finished", "reason": ""}')
     (run / "checkpoints").mkdir()
     (run / "checkpoints" / "index.json").write_text('{"last": "step-00000012", "best": "step-00000008"}')
