@@ -34,7 +34,7 @@ INSTALLED := $(VENV)/.installed-$(DEVICE)
 OTHER_FBGEMM := $(if $(filter cuda,$(DEVICE)),fbgemm-gpu-cpu,fbgemm-gpu)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help install smoke test quick sanitize narrow arm slurm image peers lint types docs clean
+.PHONY: help install smoke test quick sanitize narrow arm slurm kubernetes image peers lint types docs clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -51,7 +51,7 @@ test: $(INSTALLED)  ## the tests
 	$(BIN)/python -m pytest -q -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder --durations=10 $(PYTEST_ARGS)
 
 quick: lint types  ## between edits: lint, contracts, types and the fast tests
-	$(BIN)/python -m pytest -q -n $(TEST_JOBS) --dist loadfile -m "not thorough and not slow and not slurm and not arm" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -n $(TEST_JOBS) --dist loadfile -m "not thorough and not slow and not slurm and not kubernetes and not arm" $(PYTEST_ARGS)
 
 # The sanitizers' libraries come before everything that the process loads; what Python never gives back is no leak of ours.
 SANITIZED = LD_PRELOAD="$$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libubsan.so)" \
@@ -78,6 +78,11 @@ arm: $(INSTALLED)  ## the C kernels compiled for aarch64 and run by an emulator 
 slurm: $(INSTALLED)  ## tests on a real Slurm of two nodes, brought up here (needs root and apt, else skipped)
 	timeout --signal=INT --kill-after=60 1200 \
 		$(BIN)/python -m pytest -q -rs -m slurm --durations=10 tests/launch $(PYTEST_ARGS)
+
+# An interrupted run still deletes what it has made there.
+kubernetes: $(INSTALLED)  ## tests on the cluster with Volcano that KUBECONFIG names, else skipped (docs/kubernetes.md)
+	timeout --signal=INT --kill-after=120 5400 \
+		$(BIN)/python -m pytest -q -rs -m kubernetes --durations=10 tests/launch/test_kubernetes_cluster.py $(PYTEST_ARGS)
 
 # `version`: docker's fails where its daemon does not answer.
 image:  ## the container image (docs/kubernetes.md), by docker, podman or buildah, whichever is there
