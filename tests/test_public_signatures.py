@@ -18,6 +18,9 @@ ALLOWED = {
     "fuxi_torchrec.config.parsing.OneLineParser.parse_path": PASSED_ON,
     "fuxi_torchrec.config.schema.section_of": "any of the sections' classes",
     "fuxi_torchrec.distributed.private_api.best_plan": "torchrec's planner, which has no types",
+    "launch.kubernetes.scheduler.KubernetesScheduler.__init__": PASSED_ON,
+    "launch.kubernetes.scheduler.create_scheduler": PASSED_ON,
+    "launch.slurm.create_scheduler": PASSED_ON,
     "fuxi_torchrec.encoders.base.SequenceEncoder.batch_context": "each encoder's own, which its blocks alone read",
 }
 

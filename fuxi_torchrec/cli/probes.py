@@ -14,10 +14,11 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Callable, Dict, List, NamedTuple, Optional, Tuple
 
 from fuxi_torchrec import versions
 from fuxi_torchrec.errors import UserError, one_line
+from fuxi_torchrec.files import JsonObject
 
 CHILD_SECONDS = {"torch_inside": 120, "torchrec_inside": 120, "kernels_inside": 200}
 """How long a child may take; the kernels may have to be compiled."""
@@ -257,7 +258,7 @@ PROBES: List[Tuple[str, Callable[[], Finding]]] = [
 
 
 @functools.cache
-def inside(name: str) -> Tuple[Optional[Dict[str, Any]], str]:
+def inside(name: str) -> Tuple[Optional[JsonObject], str]:
     """Asks a function of `probes_inside` in a child, once: (its answer, "") or (None, what went wrong)."""
     code = f"import json; from fuxi_torchrec.cli.probes_inside import {name} as ask; print('\\n' + json.dumps(ask()))"
     paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]

@@ -2,10 +2,12 @@
 
 import logging
 import os
-from typing import Any, Dict, List
+from typing import List
+
+from fuxi_torchrec.files import JsonObject
 
 
-def torch_inside() -> Dict[str, Any]:
+def torch_inside() -> JsonObject:
     """Imports torch, and tells what it was built with and sees."""
     import torch
 
@@ -26,7 +28,7 @@ def torch_inside() -> Dict[str, Any]:
     }
 
 
-def torchrec_inside() -> Dict[str, Any]:
+def torchrec_inside() -> JsonObject:
     """Imports torchrec as training does, and looks for an operator of fbgemm's."""
     import torch
     import torchrec
@@ -36,7 +38,7 @@ def torchrec_inside() -> Dict[str, Any]:
     return {"torchrec": torchrec.__version__}
 
 
-def kernels_inside() -> Dict[str, Any]:
+def kernels_inside() -> JsonObject:
     """Loads the CPU kernels, and tells what was said meanwhile."""
     said: List[str] = []
     handler = logging.Handler(logging.WARNING)

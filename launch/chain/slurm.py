@@ -13,6 +13,7 @@ from launch.chain.steps import Step, left_to_do
 
 if TYPE_CHECKING:
     from torchx.runner import Runner
+    from torchx.specs import AppDryRunInfo
 
 JOBS_FILE = "chain.json"  # in the run folder: what was submitted last, as {step: TorchX's handle}
 
@@ -32,9 +33,9 @@ class SlurmChain:
         runs = [step.options.get("output") or step.options["run"] for step in steps if step.name != "prepare"]
         self.file = os.path.join(absolute(runs[0]), JOBS_FILE) if runs else None
 
-    def plan(self) -> "Dict[str, Any]":
+    def plan(self) -> "Dict[str, AppDryRunInfo]":
         """Makes the requests of the steps that are not done, as {step: request}; says which are. Raises UserError."""
-        requests: Dict[str, Any] = {}
+        requests: Dict[str, AppDryRunInfo] = {}
         for step, kept in left_to_do(self.steps):
             if kept is not None:
                 print(f"{step.name}: {kept}")

@@ -142,7 +142,7 @@ def left_to_do(steps: List[Step]) -> Iterator[Tuple[Step, Optional[str]]]:
         yield step, kept
 
 
-def evaluation_options(words: List[str]) -> Any:
+def evaluation_options(words: List[str]) -> argparse.Namespace:
     """Parses what decides an evaluation's line; other options of 'fuxi-torchrec evaluate' are that command's to check."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name, default in (("split", "test"), ("checkpoint", "best"), ("output", None)):

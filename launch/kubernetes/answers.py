@@ -28,7 +28,7 @@ def words(error: ApiException) -> str:
     """Returns the server's own words: the message of its answer, else the answer itself or HTTP's word for its number."""
     body = error.body.decode("utf-8", "replace") if isinstance(error.body, bytes) else error.body or ""
     try:
-        return one_line(json.loads(body)["message"], MOST)
+        return one_line(json.loads(body)["message"], MOST).rstrip("; ")  # Volcano ends its own with a semicolon
     except (ValueError, TypeError, KeyError):
         pass
     short = body if 0 < len(body) < MOST and "<" not in body else f"{error.status} {error.reason}"

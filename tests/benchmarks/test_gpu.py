@@ -84,7 +84,7 @@ def test_the_spaced_times_put_no_gap_near_a_buckets_boundary():
     assert ((buckets - buckets.round()).abs() > agreement.NEAR).all() and (times.diff() == 0).any()
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_a_part_survives_what_its_cases_do(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", ROOT)
     part, machine = run.run_part("towers", "tests.helpers.gpu_part", "cpu", True, 600.0, "")

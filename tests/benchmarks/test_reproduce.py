@@ -57,6 +57,7 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_one_command_runs_the_table_goes_on_with_it_and_rebuilds_its_page(here, small_dataset, capsys):
     words = ["ml-1m", "--data-path", small_dataset, "--seeds", "0"]
     metrics = here / "runs" / "reproduce" / "ml-1m" / "fuxi-beta" / "seed-0" / "metrics.jsonl"

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -151,8 +152,9 @@ def finished(folder, words=""):
 
     config = load_config(CONFIG, [*TINY.split(), *words.split(), "--data.path", str(folder / "data/made")])
     (run / "config.yaml").write_text(to_yaml(config))
+    shutil.copy(folder / "data/made/dataset.json", run)
     (run / "outcome.json").write_text('{"status": "finished", "reason": ""}')
-    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "step-00000012").mkdir(parents=True)
     (run / "checkpoints" / "index.json").write_text('{"last": "step-00000012", "best": "step-00000008"}')
     return run
 

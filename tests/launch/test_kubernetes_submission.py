@@ -51,6 +51,7 @@ REFUSALS = {
     "no right": ({}, forbidden("create", "jobs"), 'User "ann" cannot create resource "jobs"'),
     "no token": ({}, status(401, "Unauthorized", "Unauthorized"), "Kubernetes answers: Unauthorized"),
     "no Volcano": ({}, (404, "404 page not found\n"), "404 page not found; is Volcano installed there?"),
+    "a webhook": ({}, status(400, "BadRequest", "denied the request: no such queue;"), "denied the request: no such queue; n"),
     "a gateway's page": ({}, (403, "<html>no</html>"), "403 Forbidden"),
     "a conflict of another kind": ({}, status(409, "Conflict", "quota: modified, try again"), "quota: modified, try again"),
     "a server that fails": ({}, status(500, "InternalError", "failed calling webhook: no endpoints"), "no endpoints"),
