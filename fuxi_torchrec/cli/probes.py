@@ -158,6 +158,26 @@ def kernels_target() -> Finding:
     return Finding(f"{' '.join(vectors) or 'no vector instructions known'}: {' '.join(answer['flags'])}")
 
 
+def kernels_choice() -> Finding:
+    """Tells what runs on this machine have measured of kernels and PyTorch, and what fixes the choice."""
+    answer, problem = inside("kernels_inside")
+    if answer is None or not answer["loaded"]:
+        return Finding("nothing to choose from", problem)
+    if answer["fixed_by"]:
+        return Finding(f"kernels, fixed by FUXI_TORCHREC_NATIVE={answer['fixed_by']}")
+    measured = answer["measured"]
+    if not measured:
+        return Finding("a run measures it at its start; none has here yet")
+    found: Dict[str, List[float]] = {}
+    for ratios, _ in measured:
+        for family, ratio in ratios.items():
+            found.setdefault(family, []).append(ratio)
+    told = ", ".join(f"{family} {min(ratios):.1f} to {max(ratios):.1f}" for family, ratios in found.items())
+    left = sorted({family for _, losing in measured for family in losing})
+    leaving = f"; left to PyTorch at some: {', '.join(left)}" if left else ""
+    return Finding(f"measured at {len(measured)} size(s) of a step, PyTorch's time over the kernels': {told}{leaving}")
+
+
 def kernels_folder() -> Finding:
     """Tells where compiled kernels are kept."""
     answer, problem = inside("kernels_inside")
@@ -245,6 +265,7 @@ PROBES: List[Tuple[str, Callable[[], Finding]]] = [
     ("C compiler", compiler),
     ("CPU kernels", kernels),
     ("kernels' target", kernels_target),
+    ("kernels' choice", kernels_choice),
     ("kernels' folder", kernels_folder),
     ("NVIDIA driver", driver),
     ("CUDA", cuda),

@@ -44,12 +44,15 @@ def kernels_inside() -> JsonObject:
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("fuxi_torchrec").addHandler(handler)
+    from fuxi_torchrec.ops.kernel_choice import kept_ratios, losing
     from fuxi_torchrec.ops.native import cache, library
 
     loaded, folder = library.library() is not None, cache.own_folder()
     return {
         "loaded": loaded,
         "switched_off": os.environ.get(library.SWITCH) == "0",
+        "fixed_by": os.environ.get(library.SWITCH),
+        "measured": [[ratios, losing(ratios)] for ratios in kept_ratios()],
         "compiler": library.find_compiler(),
         "flags": library.compile_flags(),
         "folder": None if folder is None else str(folder),

@@ -86,6 +86,15 @@ def losing(ratios: Mapping[str, float]) -> List[str]:
     return sorted(family for family, ratio in ratios.items() if ratio * LOSES < 1)
 
 
+def kept_ratios() -> List[Dict[str, float]]:
+    """Reads what has been measured with the kernels of this machine, for whatever sizes."""
+    folder = cache.own_folder()
+    if native.library() is None or folder is None:
+        return []
+    found = [_read(path.name) for path in sorted(folder.glob(f"{native.name()}-*.json"))]
+    return [ratios for ratios in found if ratios is not None]
+
+
 def _kept_name(sizes: StepSizes) -> str:
     place = [dataclasses.astuple(sizes), torch.get_num_threads(), torch.__version__, torch.backends.cpu.get_cpu_capability()]
     return f"{native.name()}-{cache.digest(json.dumps(place))}.json"

@@ -17,6 +17,7 @@ from tests.helpers.command_line import ROOT, mistake
 
 TORCH = {"torch": "2.13.0", "cpu_capability": "AVX2", "threads": 2, "cuda": None, "cudnn": None, "nccl": None, "gpus": []}
 KERNELS = {"loaded": True, "switched_off": False, "compiler": None, "flags": [], "folder": "/kept", "kept": 2, "said": ""}
+KERNELS |= {"fixed_by": None, "measured": []}
 GOOD = {"torch_inside": TORCH, "torchrec_inside": {"torchrec": "1.8.0"}, "kernels_inside": KERNELS}
 SET = {"torch": "2.13.0", "torchrec": "1.8.0", "fbgemm-gpu-cpu": "1.8.0"}
 
@@ -121,6 +122,19 @@ def test_the_kernels_target_follows_from_the_flags(machine, monkeypatch):
     answer = {**KERNELS, "compiler": compiler, "flags": ["-O3", "-DQUITE=1", "-D__ARM_NEON=1"]}
     monkeypatch.setattr(probes, "inside", lambda name: (answer, ""))
     assert probes.kernels_target().value == "NEON: -O3 -DQUITE=1 -D__ARM_NEON=1"
+
+
+def test_what_runs_have_measured_of_kernels_and_pytorch_is_told(machine):
+    machine()
+    assert "none has here yet" in probes.kernels_choice().value
+    measured = [[{"row_wise": 2.0, "token_mixing": 0.8}, ["token_mixing"]], [{"row_wise": 3.0}, []]]
+    machine(kernels_inside=({**KERNELS, "measured": measured}, ""))
+    told = probes.kernels_choice().value
+    assert "at 2 size(s)" in told and "row_wise 2.0 to 3.0" in told and told.endswith("left to PyTorch at some: token_mixing")
+    machine(kernels_inside=({**KERNELS, "measured": measured, "fixed_by": "1"}, ""))
+    assert probes.kernels_choice().value == "kernels, fixed by FUXI_TORCHREC_NATIVE=1"
+    machine(kernels_inside=({**KERNELS, "loaded": False}, ""))
+    assert probes.kernels_choice().value == "nothing to choose from"
 
 
 def test_what_the_loading_of_the_kernels_says_is_kept(monkeypatch):
