@@ -97,7 +97,7 @@ def test_a_part_survives_what_its_cases_do(monkeypatch):
     assert machine["device"] == "cpu" and not tables.is_well([part])
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_a_case_that_hangs_is_stopped_when_the_time_runs_out_and_is_no_failure(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", ROOT)
     for seconds in (20.0, 60.0, 300.0):  # enough to begin it

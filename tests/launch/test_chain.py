@@ -72,7 +72,7 @@ def test_a_chain_that_was_stopped_in_the_middle_goes_on_and_does_nothing_twice(t
     assert (code, said) == (0, "") and len(out.splitlines()) == 3 and (run / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_a_second_ctrl_c_leaves_no_process(tmp_path):
     """Not even torchrun's workers, which are in groups of their own; here they do not hear the first one."""
     path = write_chain(tmp_path, after="--trainer.max_epochs 100000")

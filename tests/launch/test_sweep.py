@@ -130,6 +130,7 @@ def test_one_sweep_at_a_time_in_a_folder(tmp_path, capsys):
     assert "another sweep is running" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_and_repeats_nothing(small_dataset, tmp_path):
     """One run is over, one is being trained, one has no data set when SIGKILL comes; then the same command again. The one
     that is being trained had been killed before its first save, and began again."""
