@@ -16,6 +16,13 @@ from fuxi_torchrec.ops.native import library as native
 from fuxi_torchrec.run.folder import RunFolder
 
 Report = Callable[[str], None]
+NAMES = {
+    "row_wise": "norms and gates",
+    "token_mixing": "token mixing",
+    "linear_mixing": "mixing of long histories",
+    "sampled_softmax": "loss",
+}
+"""What users are told of a family of kernels."""
 
 
 def choose_kernels(
@@ -74,9 +81,9 @@ def _measured(config: Config, identity: DatasetIdentity, world: World, report: R
     if not ratios:  # there are no kernels here; a warning has said why
         return _record(list(native.FAMILIES), by="no kernels")
     left = losing(ratios)
-    told = ", ".join(f"{family} {ratio:.1f}" for family, ratio in ratios.items())
-    leaving = f"; left to PyTorch: {', '.join(left)}" if left else ""
-    report(f"CPU kernels, PyTorch's time over theirs: {told}{leaving}")
+    told = ", ".join(f"{NAMES[family]} {ratio:.1f} ×" for family, ratio in ratios.items())
+    leaving = f"; left to PyTorch: {', '.join(NAMES[family] for family in left)}" if left else ""
+    report(f"CPU kernels, their speed over PyTorch's: {told}{leaving}")
     return _record(left, by="measurement", pytorch_seconds_over_kernels=ratios)
 
 
@@ -95,7 +102,7 @@ def _report_differences(before: JsonObject, now: JsonObject, report: Report) -> 
 
 def _told(record: JsonObject) -> str:
     left = record["left_to_pytorch"]
-    return f"{', '.join(left)} left to PyTorch" if left else "all kernels"
+    return f"{', '.join(NAMES.get(family, family) for family in left)} left to PyTorch" if left else "all kernels"
 
 
 def step_sizes(config: Config, identity: DatasetIdentity) -> StepSizes:

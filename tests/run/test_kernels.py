@@ -51,7 +51,11 @@ def test_kernels_that_lose_by_over_a_tenth_are_left_and_the_choice_is_kept_with_
     (checkpoint,) = (run / "checkpoints").glob("step-*")
     assert record(checkpoint) == kept
     train(config, run.parent / "other")
-    assert "row_wise 2.0, token_mixing 0.9" in capfd.readouterr().err
+    assert "norms and gates 2.0 ×, token mixing 0.9 ×, loss 0.8 ×; left to PyTorch: loss" in capfd.readouterr().err
+
+
+def test_every_family_has_a_name_for_users():
+    assert kernels.NAMES.keys() == set(native.FAMILIES)
 
 
 def test_a_resumed_run_keeps_its_choice_whatever_would_be_measured_now(small_dataset, trained, measured, monkeypatch, capfd):
