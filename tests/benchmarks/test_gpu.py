@@ -248,7 +248,7 @@ def test_torch_and_numpy_are_enough(tmp_path):
         assert found[name]["rows"] and not found[name]["failed"] and not found[name]["not_run"]
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_the_kernels_agree_in_the_interpreter_without_torchrec(tmp_path):
     _, found = command(tmp_path, environment_without(tmp_path, ABSENT, ROOT), "agreement")
     rows = found["agreement"]["rows"]

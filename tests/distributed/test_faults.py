@@ -191,7 +191,7 @@ def test_sigterm_to_one_rank_of_a_cluster_saves_and_ends_all_with_its_code(small
     assert losses(run) == losses(undisturbed)[: step_of(run)]
 
 
-@pytest.mark.parametrize("processes", [0, 4])
+@pytest.mark.parametrize("processes", [0, pytest.param(4, marks=pytest.mark.slow)])
 def test_another_world_size_gets_the_same_model_and_goes_on(
     small_dataset, undisturbed, tmp_path, monkeypatch, processes
 ):
