@@ -1,7 +1,7 @@
 """The C kernels or PyTorch's operators, for each family of operations: decided by timing both on this machine.
 
 Which is faster depends on the processor, on the compiler and on the sizes of a run. So both are timed at a run's sizes, in
-turns, for less than a second in all, and what was found is kept beside the compiled kernels.
+turns, for about a second in all, and what was found is kept beside the compiled kernels.
 """
 
 import dataclasses

@@ -102,7 +102,6 @@ def _check_merged(role: Role, node: int, overlay: Overlay) -> None:
             raise overlay.refuse(f"spec.containers: {key}", f"takes the job's own {lost} away; {instead}")
 
 
-
 def _check_lists(spec: Dict[str, Any], image: str, overlay: Overlay) -> None:
     """Checks what the API server would refuse in containers and volumes that were added."""
     for container in spec["containers"]:

@@ -1,4 +1,4 @@
-"""The row-wise kernels of `ops.native` (rows.c) as autograd nodes; `ops.fused` says what they compute and picks them.
+"""The row-wise kernels of `ops.native` (rows.c) as autograd nodes; `dispatch.py` says what they compute and picks them.
 
 Each makes one pass over memory forward and one backward. A dropout mask is a function of a seed, drawn from torch's
 generator, and of the element's place, so it is made again in backward instead of kept. Shapes: T tokens, W width.
