@@ -53,16 +53,25 @@ def add_config_arguments(parser: OneLineParser) -> None:
     parser.add_class_arguments(Config)
 
 
-def check_file(path: str) -> None:
-    """Raises UserError, naming file and key, for a config file that is missing, is no YAML, or has an unknown key."""
+def read_yaml(path: str, what: str, instead: str = "") -> object:
+    """Reads a YAML file's value, whatever it is. Raises UserError for one that is missing or is no YAML.
+
+    Args:
+        what: the file is, for the message.
+        instead: what to do where it cannot be read.
+    """
     try:
         with open(path, encoding="utf-8") as file:
-            values = yaml.safe_load(file)
+            return yaml.safe_load(file)
     except OSError as error:
-        raise UserError(f"{path}: cannot read this config file ({error.strerror})") from None
+        raise UserError(f"{path}: cannot read this {what} ({error.strerror}){instead and '; ' + instead}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not YAML ({one_line(error)})") from None
-    check_keys(path, values or {})
+
+
+def check_file(path: str) -> None:
+    """Raises UserError, naming file and key, for a config file that is missing, is no YAML, or has an unknown key."""
+    check_keys(path, read_yaml(path, "config file") or {})
 
 
 def check_keys(path: str, values: object) -> None:

@@ -16,10 +16,10 @@ import os
 import shlex
 from typing import Any, Dict, List, Optional, Type
 
-import yaml
 from torchx.runner.config import load_sections
 from torchx.specs.builders import component_args_from_str
 
+from fuxi_torchrec.config.parsing import read_yaml
 from fuxi_torchrec.errors import UserError, one_line
 from fuxi_torchrec.paths import absolute
 from launch.chain.steps import STEPS, Step
@@ -55,13 +55,7 @@ def read_chain(path: Optional[str], given: Dict[str, List[str]], shared: List[st
 
 
 def _read(path: str) -> Dict[str, List[str]]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            values = yaml.safe_load(file)
-    except OSError as error:
-        raise UserError(f"{path}: cannot read this chain ({error.strerror}); name one like configs/chains/") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not YAML ({one_line(error)})") from None
+    values = read_yaml(path, "chain", "name one like configs/chains/")
     if not isinstance(values, dict):
         raise UserError(f"{path}: a chain has the keys {', '.join((ALL, *NAMES))}")
     for key, value in values.items():

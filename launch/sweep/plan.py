@@ -20,10 +20,15 @@ import shlex
 from dataclasses import dataclass, field
 from typing import Any, Dict, Iterator, List
 
-import yaml
-
-from fuxi_torchrec.config.parsing import OneLineParser, add_config_arguments, check_file, check_keys, parse_config
-from fuxi_torchrec.errors import UserError, one_line
+from fuxi_torchrec.config.parsing import (
+    OneLineParser,
+    add_config_arguments,
+    check_file,
+    check_keys,
+    parse_config,
+    read_yaml,
+)
+from fuxi_torchrec.errors import UserError
 from fuxi_torchrec.files import JsonObject
 
 DIAL = "dial"
@@ -73,8 +78,7 @@ def read_plan(path: str) -> SweepPlan:
     values = _read(path)
     base = values["config"]
     check_file(base)
-    with open(base, encoding="utf-8") as file:
-        base_values = yaml.safe_load(file) or {}
+    base_values = read_yaml(base, "config file") or {}
     fixed = _mapping(path, "set", values.get("set"))
     combinations = list(_combinations(path, values))
     varying = _varying(combinations)
@@ -96,13 +100,7 @@ def read_plan(path: str) -> SweepPlan:
 
 
 def _read(path: str) -> JsonObject:
-    try:
-        with open(path, encoding="utf-8") as file:
-            values = yaml.safe_load(file)
-    except OSError as error:
-        raise UserError(f"{path}: cannot read this sweep ({error.strerror}); name one of configs/sweeps/") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not YAML ({one_line(error)})") from None
+    values = read_yaml(path, "sweep", "name one of configs/sweeps/")
     if not isinstance(values, dict) or not isinstance(values.get("config"), str):
         raise UserError(f"{path}: config: name the YAML file that every run starts from")
     for key in values:
