@@ -172,7 +172,7 @@ class RunFolder:
         """Checks that no completed checkpoint was lost. Raises UserError where one was completed once, of which
         nothing is left in `folder`: to begin again would throw the run away. A run that was killed before its first
         save begins again."""
-        lost = self._last_saved()
+        lost = self.last_saved()
         if lost:
             raise UserError(
                 f"{folder}: no checkpoint here, but this run has saved one ({lost}); put its checkpoints back, mount or "
@@ -180,7 +180,9 @@ class RunFolder:
             )
         self.note_saved(None)
 
-    def _last_saved(self) -> Optional[str]:
+    def last_saved(self) -> Optional[str]:
+        """Names the last completed checkpoint; None: there was none yet. Raises UserError for a record that cannot be
+        read."""
         try:
             with open(self._file(SAVED_FILE), encoding="utf-8") as file:
                 return json.load(file)["checkpoint"]

@@ -34,7 +34,7 @@ def choose_kernels(
     resumed run keeps its choice, and a new one takes what was measured to be faster.
 
     Args:
-        resume: the run goes on; one that was begun without a choice was computed by the kernels.
+        resume: the run goes on, if it has been begun; one that has saved and has no choice was computed by the kernels.
         report: is told, on rank 0, what was measured and what differs from before; one line each.
 
     Returns:
@@ -43,7 +43,9 @@ def choose_kernels(
     record = _record([])
     if world.is_main:
         before = run.kernels() if resume else None
-        record = _fixed() or before or (record if resume else _measured(config, identity, world, report))
+        # A job is told to resume at its first start too.
+        begun = resume and run.last_saved() is not None
+        record = _fixed() or before or (record if begun else _measured(config, identity, world, report))
         if before:
             _report_differences(before, record, report)
     return _used(world.from_main(record))
@@ -110,7 +112,8 @@ def step_sizes(config: Config, identity: DatasetIdentity) -> StepSizes:
     model, loss = config.model, config.loss
     longest = min(config.data.max_sequence_length, max(1, identity.max_events_per_user))
     mean = min(longest, max(1, identity.num_events // max(1, identity.num_users)))
-    names = model.channels or CHANNEL_PRESETS.get(model.encoder, ("temporal",) if model.encoder.endswith("_beta") else ())
+    both = ("positional", "temporal") if model.encoder.endswith("_beta") else ()  # HSTU's and SASRec's β variants mix by both
+    names = model.channels or CHANNEL_PRESETS.get(model.encoder, both)
     forms = {"positional": "positional", "temporal": model.bias_function, "bucketed_temporal": "bucketed"}
     return StepSizes(
         tokens=config.data.batch_size * mean,

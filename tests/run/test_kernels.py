@@ -98,6 +98,14 @@ def test_the_environment_goes_before_the_record_and_the_change_is_said(small_dat
     assert "not bit for bit" in capfd.readouterr().err and len(measured) == 1
 
 
+def test_a_job_that_is_told_to_resume_from_its_first_start_on_measures_once(small_dataset, tmp_path, measured):
+    config = tiny(small_dataset, max_epochs=1)
+    train(config, tmp_path / "run", resume=True)
+    assert len(measured) == 1 and record(tmp_path / "run")["chosen_by"] == "measurement"
+    train(tiny(small_dataset, max_epochs=2), tmp_path / "run", resume=True)
+    assert len(measured) == 1
+
+
 def test_a_run_of_before_the_choice_goes_on_with_all_kernels(small_dataset, trained):
     _, run = trained
     (run / "kernels.json").unlink()
