@@ -112,8 +112,9 @@ def step_sizes(config: Config, identity: DatasetIdentity) -> StepSizes:
     model, loss = config.model, config.loss
     longest = min(config.data.max_sequence_length, max(1, identity.max_events_per_user))
     mean = min(longest, max(1, identity.num_events // max(1, identity.num_users)))
-    both = ("positional", "temporal") if model.encoder.endswith("_beta") else ()  # HSTU's and SASRec's β variants mix by both
-    names = model.channels or CHANNEL_PRESETS.get(model.encoder, both)
+    # HSTU's and SASRec's β variants mix by the channels of FuXi-β.
+    preset = "fuxi_beta" if model.encoder.endswith("_beta") else model.encoder
+    names = model.channels or CHANNEL_PRESETS.get(preset, ())
     forms = {"positional": "positional", "temporal": model.bias_function, "bucketed_temporal": "bucketed"}
     return StepSizes(
         tokens=config.data.batch_size * mean,
